@@ -1,0 +1,1286 @@
+"""Environments for reinforcement learning in swarms: numba kernels that step a whole batch at once.
+
+In order, each section complete in itself:
+
+    Contract        `make_vec`, the one way in, and what every environment promises
+    Randomness      one counter-based generator per environment
+    Swarm           flocking in a periodic box: constants, state, kernels, class
+    Baselines       the Vicsek model and random actions, as policies
+    Evaluation      held-out episodes, the comparison table, plot and side-by-side video
+    Vectorizer      any environment on a pool of forked workers, batches in shared memory
+
+Units: lengths in the environment's own unit, angles in radians, time in steps of `dt`. Arrays are C-contiguous;
+`num_envs` comes first, then `n_agents`. Everything a policy sees or gives is float32; physics is float64.
+"""
+
+import contextlib
+import itertools
+import math
+import mmap
+import multiprocessing
+import numbers
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.util import Finalize
+from operator import methodcaller
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from numba import njit
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contract
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs):
+    """Build `num_envs` environments that step together, as one `gymnasium.vector.VectorEnv`.
+
+    env_id        a native id (`Swarm`) or any id that `gymnasium.make` knows
+    num_workers   processes to step in; 0 steps in this process; None picks by what is being stepped
+    render_mode   None, "rgb_array" or "human"
+    env_kwargs    arguments of the environment's class, or of `gymnasium.make`
+
+    Every environment made here keeps the same promises:
+
+    - `step` resets an episode that ended in that same step: the returned observation is the next episode's first, and
+      `infos["final_obs"]` (num_envs, ...) holds the ended episode's last, valid where `infos["_final_obs"]` is True.
+    - `infos["episode"]` has the return "r", the length "l" and the environment's own metrics, each (num_envs,), valid
+      where `infos["_episode"]` is True. Both are present only on steps in which an episode ended.
+    - Returned arrays are copies: the next step leaves them as they are.
+    - The same seed gives the same trajectories for any number of workers.
+
+    Raises ValueError, before anything starts, that names the argument, its value and what is allowed.
+    """
+    num_envs = _integer("num_envs", num_envs, 1)
+    if num_workers is not None:
+        num_workers = _integer("num_workers", num_workers, 0, num_envs)
+    native = isinstance(env_id, str) and env_id in NATIVE_ENVS
+    make_slice = NATIVE_ENVS[env_id] if native else partial(GymnasiumVectorEnv, env_id)
+    make_slice = partial(make_slice, render_mode=render_mode, **env_kwargs)
+    if render_mode == "human" and num_workers:
+        raise ValueError(f"num_workers is {num_workers}: a window (render_mode 'human') needs 0")
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(cores, num_envs)
+        too_small = native and num_envs * make_slice(1).buffers["rewards"].size < POOL_AGENTS
+        if num_workers == 1 or too_small or render_mode == "human":  # one worker would only add the way to it and back
+            num_workers = 0
+    if num_workers > 0 and "fork" not in multiprocessing.get_all_start_methods():
+        warnings.warn("workers need fork, which this system lacks: stepping in this process", stacklevel=2)
+        num_workers = 0
+    return PoolVectorEnv(make_slice, num_envs, num_workers) if num_workers else make_slice(num_envs)
+
+
+def _integer(name, value, low, high=math.inf):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}: it must be an integer, {allowed}")
+    return int(value)
+
+
+def _number(name, value, low=-math.inf, high=math.inf):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number")
+    if not low <= value <= high:
+        allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value!r}: it must be {allowed}")
+    return float(value)
+
+
+def _array(name, value, shape, dtype):
+    array = np.asarray(value, dtype=dtype)
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}: it must be {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity: every entry must be finite")
+    return np.ascontiguousarray(array)
+
+
+def _valid_actions(actions, space):
+    """The actions of a whole batch as an array; a ValueError names what is wrong with them."""
+    box = isinstance(space, gym.spaces.Box)
+    if box and space.dtype.kind == "f":
+        return _array("actions", actions, space.shape, space.dtype)
+    actions = np.asarray(actions)
+    if actions.dtype.kind not in "iu" or actions.shape != space.shape:
+        raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
+    low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
+    outside = np.argwhere((actions < low) | (actions > high))
+    if len(outside):
+        at = tuple(outside[0].tolist())
+        raise ValueError(f"actions{list(at)} is {actions[at]}: it must be an integer from {low[at]} to {high[at]}")
+    return actions
+
+
+def _check_steppable(envs):
+    if envs.closed:
+        raise gym.error.ClosedEnvironmentError("step after close: make new environments")
+    if not envs.started:
+        raise gym.error.ResetNeeded("step before reset: reset first")
+
+
+def _collect(buffers, info_names, stat_names):
+    """What `step` returns, copied out of the buffers of a batch (any slice env's, or the pool's shared ones)."""
+    terminations, truncations = buffers["terminations"].copy(), buffers["truncations"].copy()
+    infos = {name: buffers[name].copy() for name in info_names}
+    done = terminations | truncations  # (num_envs,)
+    if done.any():
+        infos["final_obs"], infos["_final_obs"] = buffers["final_observations"].copy(), done
+        infos["final_info"] = {name: buffers["final_" + name].copy() for name in info_names}
+        infos["_final_info"] = done
+        infos["episode"] = dict(zip(stat_names, buffers["stats"].T.copy(), strict=True))
+        infos["_episode"] = done
+    return buffers["observations"].copy(), buffers["rewards"].copy(), terminations, truncations, infos
+
+
+class NativeVectorEnv(gym.vector.VectorEnv):
+    """What the native environments share: buffers, autoreset, seeding, state and rendering.
+
+        observations (num_envs, n_agents, obs_dim)     rewards (num_envs, n_agents)
+        actions      (num_envs, n_agents, act_dim)     terminations, truncations (num_envs,)
+
+    A subclass declares its spaces to `__init__`; sets `state`, a NamedTuple of arrays (num_envs first) that holds all
+    the future depends on, among them `rng` (num_envs, 2) uint64; names the arrays a start may be given as, with their
+    shapes, in `start_shapes`; and has `restart(start)` (new episodes), `observe()` (state to buffers),
+    `advance(actions)` (one step, into buffers) and `draw(env)` (a picture). The vectorizer puts views of shared memory
+    in the place of `buffers`; `first_env` is the index of this slice's first environment in the whole batch, so that
+    every environment's randomness is its own.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"], "render_fps": 30}
+    info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
+    stat_names = ("r", "l")  # columns of buffers["stats"]
+
+    def __init__(self, num_envs, observation_space, action_space, render_mode=None, first_env=0):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
+        self.num_envs = _integer("num_envs", num_envs, 1)
+        self.first_env = _integer("first_env", first_env, 0)
+        self.render_mode = render_mode
+        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self.buffers = {
+            "observations": np.zeros((num_envs, *observation_space.shape), np.float32),
+            "final_observations": np.zeros((num_envs, *observation_space.shape), np.float32),
+            "rewards": np.zeros((num_envs, *observation_space.shape[:-1]), np.float32),
+            "terminations": np.zeros(num_envs, bool),
+            "truncations": np.zeros(num_envs, bool),
+            "stats": np.zeros((num_envs, len(self.stat_names))),
+        }
+        self.window = None
+        self.started = False
+
+    def reset(self, *, seed=None, options=None):
+        """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
+        options = {} if options is None else dict(options)
+        unknown = set(options) - set(self.start_shapes)
+        if unknown:
+            raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(self.start_shapes)}")
+        start = {
+            name: _array(f"options[{name!r}]", value, self.start_shapes[name], np.float64)
+            for name, value in options.items()
+        }
+        if seed is not None or not self.started:
+            seed = _integer("seed", np.random.SeedSequence().entropy % 2**63 if seed is None else seed, 0, 2**63 - 1)
+            _seed_rng(self.state.rng, np.uint64(seed), np.uint64(self.first_env))
+            self.started = True
+        self.restart(start)
+        return self._observed()
+
+    def step(self, actions):
+        _check_steppable(self)
+        self.advance(_valid_actions(actions, self.action_space))
+        return _collect(self.buffers, self.info_names, self.stat_names)
+
+    def get_state(self):
+        """All that the future depends on, as a dict of arrays, num_envs first."""
+        return {name: array.copy() for name, array in self.state._asdict().items()}
+
+    def set_state(self, state):
+        """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
+        arrays = self.state._asdict()
+        if set(state) != set(arrays):
+            raise ValueError(f"state has {sorted(state)}: it must hold {sorted(arrays)}")
+        given = {name: _array(f"state[{name!r}]", state[name], old.shape, old.dtype) for name, old in arrays.items()}
+        for name, array in arrays.items():
+            array[...] = given[name]
+        self.started = True
+        return self._observed()
+
+    def _observed(self):
+        self.observe()
+        infos = {name: self.buffers[name].copy() for name in self.info_names}
+        return self.buffers["observations"].copy(), infos
+
+    def render(self):
+        """One (height, width, 3) uint8 picture per environment; "human" shows the first one in a window instead."""
+        if self.render_mode is None:
+            raise ValueError("render_mode is None: give 'rgb_array' or 'human' to make_vec")
+        if self.render_mode == "rgb_array":
+            return tuple(self.draw(env) for env in range(self.num_envs))
+        import pygame
+
+        picture = self.draw(0)
+        if self.window is None:
+            pygame.init()
+            self.window = pygame.display.set_mode(picture.shape[1::-1])
+        pygame.event.pump()
+        pygame.surfarray.blit_array(self.window, picture.swapaxes(0, 1))
+        pygame.display.flip()
+        return None
+
+    def close_extras(self, **kwargs):
+        if self.window is not None:
+            import pygame
+
+            pygame.quit()
+            self.window = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness
+# ----------------------------------------------------------------------------------------------------------------------
+# SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) with a key and a counter per environment: the n-th number of an
+# environment is a hash of (seed, environment index, n), whichever process draws it. rng (num_envs, 2): key, counter.
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@njit(cache=True, error_model="numpy")
+def _mix(z):
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True, error_model="numpy")
+def _seed_rng(rng, seed, first_env):
+    for env in range(rng.shape[0]):
+        rng[env, 0] = _mix(_mix(seed + GOLDEN) + (first_env + np.uint64(env)) * GOLDEN)
+        rng[env, 1] = np.uint64(0)
+
+
+@njit(cache=True, error_model="numpy")
+def _uniform(rng, env, low, high):
+    """The environment's next number, uniform in [low, high)."""
+    rng[env, 1] += np.uint64(1)
+    bits = _mix(rng[env, 0] + rng[env, 1] * GOLDEN) >> np.uint64(11)
+    return low + (high - low) * (np.float64(bits) * 2.0**-53)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Swarm
+# ----------------------------------------------------------------------------------------------------------------------
+
+AGENT_DIAMETER = 0.1  # two agents nearer than this collide [length]
+OBSTACLE_RADIUS = 0.5  # [length]
+PUBLISHED_DENSITY = 0.4  # 40 agents in a box of side 10 [agents per unit area]
+NEIGHBOR_FEATURES = 5  # forward, left, cos and sin of the relative heading, presence
+OWN_FEATURES = 5  # last turn, crowding, and the nearest obstacle: forward, left, presence
+ALIGNMENT, COHESION, SEPARATION, TURNING, ORDER, OBSTACLE = range(6)  # columns of the reward terms
+REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
+
+
+class SwarmParams(NamedTuple):
+    box_size: float  # side of the periodic box [length]
+    radius: float  # how far an agent sees [length]
+    speed: float  # [length / time]
+    dt: float  # [time]
+    max_turn: float  # largest turn in one step [rad]
+    noise: float  # width of the uniform heading noise per step [rad]
+    max_steps: int
+    count_self: bool
+    cells: int  # grid cells along a side, each at least `radius` wide
+    obstacle_cells: int  # the same for obstacles, each at least `radius + OBSTACLE_RADIUS` wide
+    weights: np.ndarray  # (6,), one per reward term
+
+
+class SwarmState(NamedTuple):
+    position: np.ndarray  # (num_envs, n_agents, 2), in [0, box_size)
+    direction: np.ndarray  # (num_envs, n_agents, 2), cos and sin of the heading
+    turn: np.ndarray  # (num_envs, n_agents), the last one commanded [rad]
+    obstacle: np.ndarray  # (num_envs, n_obstacles, 2), centres, in [0, box_size)
+    elapsed: np.ndarray  # (num_envs,), steps since the reset
+    totals: np.ndarray  # (num_envs, len(stat_names)), sums over the episode so far
+    rng: np.ndarray  # (num_envs, 2)
+
+
+class SwarmScratch(NamedTuple):
+    """Room for one environment's step, used again for the next, so that stepping allocates nothing."""
+
+    terms: np.ndarray  # (n_agents, 6), the reward terms before weighting
+    pose: np.ndarray  # (n_agents, 4), x, y, cos and sin of the heading, sorted by grid cell
+    seen: np.ndarray  # (n_agents,), rows of `pose` that an agent sees
+    squared: np.ndarray  # (n_agents,), and their squared distances
+    nearest: np.ndarray  # (n_neighbors,), distances of an agent's nearest so far
+    order: np.ndarray  # (n_agents,), agents sorted by grid cell
+    start: np.ndarray  # (cells ** 2 + 1,), where each cell begins in `order`
+    obstacle_order: np.ndarray  # (n_obstacles,)
+    obstacle_start: np.ndarray  # (obstacle cells ** 2 + 1,)
+
+
+class SwarmOutputs(NamedTuple):
+    observations: np.ndarray  # (num_envs, n_agents, NEIGHBOR_FEATURES * n_neighbors + OWN_FEATURES)
+    final_observations: np.ndarray
+    neighbors: np.ndarray  # (num_envs, n_agents, n_neighbors), indices; an absent neighbour is the agent itself
+    final_neighbors: np.ndarray
+    rewards: np.ndarray  # (num_envs, n_agents)
+    terminations: np.ndarray  # (num_envs,), never set: a swarm has no terminal state
+    truncations: np.ndarray  # (num_envs,)
+    stats: np.ndarray  # (num_envs, len(stat_names))
+
+
+@njit(cache=True, error_model="numpy")
+def _offset(delta, box_size):
+    """The shortest way round a periodic box (the minimum image)."""
+    return delta - box_size * np.rint(delta / box_size)
+
+
+@njit(cache=True, error_model="numpy")
+def _wrap(x, box_size):
+    x -= np.floor(x / box_size) * box_size
+    return x if x < box_size else 0.0  # a tiny negative x rounds up to box_size
+
+
+@njit(cache=True, error_model="numpy")
+def _cell(x, cells, box_size):
+    return min(int(x * (cells / box_size)), cells - 1)
+
+
+@njit(cache=True, error_model="numpy")
+def _around(a, cells):
+    """The row or column that a stands for: one outside the grid is the first or last on the other side."""
+    if a < 0:
+        return cells - 1
+    return a if a < cells else 0
+
+
+@njit(cache=True, error_model="numpy")
+def _sort_into_cells(points, cells, box_size, order, start):
+    """Counting sort of points (n, 2) by grid cell: cell c holds order[start[c] : start[c + 1]]."""
+    start[:] = 0
+    for i in range(points.shape[0]):
+        start[_cell(points[i, 0], cells, box_size) * cells + _cell(points[i, 1], cells, box_size)] += 1
+    for c in range(1, start.shape[0]):
+        start[c] += start[c - 1]
+    for i in range(points.shape[0] - 1, -1, -1):
+        c = _cell(points[i, 0], cells, box_size) * cells + _cell(points[i, 1], cells, box_size)
+        start[c] -= 1
+        order[start[c]] = i
+
+
+@njit(cache=True, error_model="numpy")
+def _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start):
+    """Distance and offset to the nearest obstacle's centre; infinity if none is within `reach`."""
+    nearest, nearest_dx, nearest_dy = reach * reach, math.inf, math.inf
+    span = 1 if cells > 1 else 0
+    row, column = _cell(x, cells, box_size), _cell(y, cells, box_size)
+    for a in range(row - span, row + span + 1):
+        for b in range(column - span, column + span + 1):
+            c = _around(a, cells) * cells + _around(b, cells)
+            for m in range(start[c], start[c + 1]):
+                k = order[m]
+                dx, dy = _offset(obstacle[k, 0] - x, box_size), _offset(obstacle[k, 1] - y, box_size)
+                if dx * dx + dy * dy <= nearest:
+                    nearest, nearest_dx, nearest_dy = dx * dx + dy * dy, dx, dy
+    return math.hypot(nearest_dx, nearest_dy), nearest_dx, nearest_dy
+
+
+@njit(cache=True, error_model="numpy")
+def _swarm_reset(env, draw_obstacles, params, state):
+    """A new episode: obstacles, positions and headings uniformly at random, no agent inside an obstacle."""
+    position, direction, obstacle, rng = state.position[env], state.direction[env], state.obstacle[env], state.rng
+    if draw_obstacles:
+        for k in range(obstacle.shape[0]):
+            obstacle[k, 0] = _uniform(rng, env, 0.0, params.box_size)
+            obstacle[k, 1] = _uniform(rng, env, 0.0, params.box_size)
+    for i in range(position.shape[0]):
+        for _ in range(100):  # in a box too full for this, the first step pushes the agent out
+            position[i, 0] = _uniform(rng, env, 0.0, params.box_size)
+            position[i, 1] = _uniform(rng, env, 0.0, params.box_size)
+            free = True
+            for k in range(obstacle.shape[0]):
+                dx = _offset(position[i, 0] - obstacle[k, 0], params.box_size)
+                dy = _offset(position[i, 1] - obstacle[k, 1], params.box_size)
+                free = free and dx * dx + dy * dy > OBSTACLE_RADIUS**2
+            if free:
+                break
+        heading = _uniform(rng, env, -math.pi, math.pi)
+        direction[i, 0], direction[i, 1] = math.cos(heading), math.sin(heading)
+    state.turn[env] = 0.0
+    state.elapsed[env] = 0
+    state.totals[env] = 0.0
+
+
+@njit(cache=True, error_model="numpy", inline="always")
+def _swarm_move(env, actions, params, state, scratch):
+    """Turn, then go straight for `dt`; an agent that ends inside an obstacle is put back on its edge."""
+    position, direction, obstacle, terms = state.position[env], state.direction[env], state.obstacle[env], scratch.terms
+    box_size, cells, step = params.box_size, params.obstacle_cells, params.speed * params.dt
+    order, start = scratch.obstacle_order, scratch.obstacle_start
+    _sort_into_cells(obstacle, cells, box_size, order, start)
+    for i in range(position.shape[0]):
+        turn = min(max(np.float64(actions[env, i, 0]), -params.max_turn), params.max_turn)
+        state.turn[env, i] = turn
+        if params.noise > 0.0:
+            turn += _uniform(state.rng, env, -0.5 * params.noise, 0.5 * params.noise)
+        cos, sin = math.cos(turn), math.sin(turn)
+        cos, sin = cos * direction[i, 0] - sin * direction[i, 1], sin * direction[i, 0] + cos * direction[i, 1]
+        norm = math.sqrt(cos * cos + sin * sin)  # keeps rounding from adding up over an episode
+        direction[i, 0], direction[i, 1] = cos / norm, sin / norm
+        x = _wrap(position[i, 0] + step * direction[i, 0], box_size)
+        y = _wrap(position[i, 1] + step * direction[i, 1], box_size)
+        terms[i, TURNING] = -abs(state.turn[env, i])
+        terms[i, OBSTACLE] = 0.0
+        if obstacle.shape[0] > 0:
+            distance, dx, dy = _nearest_obstacle(x, y, OBSTACLE_RADIUS, obstacle, box_size, cells, order, start)
+            if distance < OBSTACLE_RADIUS:
+                terms[i, OBSTACLE] = -1.0
+                edge = 1.0 - OBSTACLE_RADIUS / max(distance, 1e-9)
+                x, y = _wrap(x + edge * dx, box_size), _wrap(y + edge * dy, box_size)
+        position[i, 0], position[i, 1] = x, y
+
+
+@njit(cache=True, error_model="numpy", inline="always")
+def _swarm_observe(env, params, state, scratch, outputs):
+    """What every agent sees, its neighbours' indices, and the reward terms that depend on neighbours."""
+    position, direction, obstacle = state.position[env], state.direction[env], state.obstacle[env]
+    observations, neighbors = outputs.observations[env], outputs.neighbors[env]
+    order, start, pose, terms = scratch.order, scratch.start, scratch.pose, scratch.terms
+    seen, squared, nearest = scratch.seen, scratch.squared, scratch.nearest
+    n_agents, n_neighbors = neighbors.shape
+    box_size, radius, cells = params.box_size, params.radius, params.cells
+    span = 1 if cells > 1 else 0
+    own = n_neighbors * NEIGHBOR_FEATURES
+    limit = (radius / box_size) ** 2
+
+    _sort_into_cells(position, cells, box_size, order, start)
+    for m in range(n_agents):
+        i = order[m]
+        pose[m, 0], pose[m, 1] = position[i, 0] / box_size, position[i, 1] / box_size
+        pose[m, 2], pose[m, 3] = direction[i, 0], direction[i, 1]
+
+    for m in range(n_agents):
+        i, x, y, cos, sin = order[m], pose[m, 0], pose[m, 1], pose[m, 2], pose[m, 3]
+        n_seen = 0
+        row, column = _cell(x, cells, 1.0), _cell(y, cells, 1.0)
+        for a in range(row - span, row + span + 1):
+            for b in range(column - span, column + span + 1):
+                c = _around(a, cells) * cells + _around(b, cells)
+                for other in range(start[c], start[c + 1]):  # keep or overwrite: a branch would mispredict
+                    dx, dy = pose[other, 0] - x, pose[other, 1] - y
+                    dx, dy = dx - np.rint(dx), dy - np.rint(dy)
+                    d2 = dx * dx + dy * dy
+                    seen[n_seen], squared[n_seen] = other, d2
+                    n_seen += (d2 <= limit) & (other != m)
+
+        kept = collisions = 0
+        alignment = cohesion = 0.0
+        for s in range(n_seen):
+            other, distance = seen[s], box_size * math.sqrt(squared[s])
+            collisions += distance < AGENT_DIAMETER
+            alignment += cos * pose[other, 2] + sin * pose[other, 3]
+            cohesion += _closeness(distance, radius)
+            if kept < n_neighbors:
+                kept += 1
+            elif distance >= nearest[kept - 1]:
+                continue
+            k = kept - 1
+            while k > 0 and nearest[k - 1] > distance:  # insert it, nearest first
+                nearest[k], neighbors[i, k] = nearest[k - 1], neighbors[i, k - 1]
+                k -= 1
+            nearest[k], neighbors[i, k] = distance, other
+
+        for feature in range(own + OWN_FEATURES):
+            observations[i, feature] = 0.0
+        for k in range(kept):
+            other, feature = neighbors[i, k], k * NEIGHBOR_FEATURES
+            dx, dy = pose[other, 0] - x, pose[other, 1] - y
+            dx, dy = box_size / radius * (dx - np.rint(dx)), box_size / radius * (dy - np.rint(dy))
+            observations[i, feature] = cos * dx + sin * dy
+            observations[i, feature + 1] = cos * dy - sin * dx
+            observations[i, feature + 2] = cos * pose[other, 2] + sin * pose[other, 3]
+            observations[i, feature + 3] = cos * pose[other, 3] - sin * pose[other, 2]
+            observations[i, feature + 4] = 1.0
+            neighbors[i, k] = order[other]
+        for k in range(kept, n_neighbors):
+            neighbors[i, k] = i
+        observations[i, own] = state.turn[env, i] / params.max_turn
+        observations[i, own + 1] = n_seen / (n_seen + n_neighbors)
+
+        terms[i, ALIGNMENT] = alignment / max(n_seen, 1)
+        terms[i, SEPARATION] = -collisions
+        if params.count_self:
+            cohesion, n_seen = cohesion + _closeness(0.0, radius), n_seen + 1
+        terms[i, COHESION] = cohesion / max(n_seen, 1)
+
+    if obstacle.shape[0] > 0:
+        reach, cells = radius + OBSTACLE_RADIUS, params.obstacle_cells
+        order, start = scratch.obstacle_order, scratch.obstacle_start
+        _sort_into_cells(obstacle, cells, box_size, order, start)
+        for i in range(n_agents):
+            x, y, cos, sin = position[i, 0], position[i, 1], direction[i, 0], direction[i, 1]
+            distance, dx, dy = _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start)
+            if distance < math.inf:
+                observations[i, own + 2] = (cos * dx + sin * dy) / reach
+                observations[i, own + 3] = (cos * dy - sin * dx) / reach
+                observations[i, own + 4] = 1.0
+
+
+@njit(cache=True, error_model="numpy")
+def _closeness(distance, radius):
+    """The published cohesion of one neighbour: a bell around a tenth of the radius."""
+    return math.exp(-((distance - 0.1 * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
+
+
+@njit(cache=True, error_model="numpy", inline="always")
+def _swarm_reward(env, params, state, scratch, outputs):
+    pose, order, terms, rewards = scratch.pose, scratch.order, scratch.terms, outputs.rewards
+    weights, totals, n_agents = params.weights, state.totals, scratch.pose.shape[0]
+    mean_x = mean_y = 0.0
+    for m in range(n_agents):
+        mean_x, mean_y = mean_x + pose[m, 2] / n_agents, mean_y + pose[m, 3] / n_agents
+    polar_order = math.hypot(mean_x, mean_y)
+    for m in range(n_agents):
+        terms[order[m], ORDER] = (pose[m, 2] * mean_x + pose[m, 3] * mean_y) / max(polar_order, 1e-9)
+    for i in range(n_agents):
+        rewards[env, i] = 0.0
+    cohesion = collisions = 0.0
+    for t in range(len(REWARD_TERMS)):
+        total = 0.0
+        for i in range(n_agents):
+            rewards[env, i] += weights[t] * terms[i, t]
+            total += weights[t] * terms[i, t]
+        totals[env, 5 + t] += total / n_agents
+        totals[env, 0] += total / n_agents
+    for i in range(n_agents):
+        cohesion += terms[i, COHESION]
+        collisions -= terms[i, SEPARATION]
+    totals[env, 1] += 1.0
+    totals[env, 2] += polar_order
+    totals[env, 3] += cohesion / n_agents
+    totals[env, 4] += collisions / n_agents
+
+
+@njit(cache=True, error_model="numpy")
+def _swarm_step(actions, params, state, scratch, outputs):
+    for env in range(actions.shape[0]):
+        _swarm_move(env, actions, params, state, scratch)
+        _swarm_observe(env, params, state, scratch, outputs)
+        _swarm_reward(env, params, state, scratch, outputs)
+        state.elapsed[env] += 1
+        outputs.truncations[env] = state.elapsed[env] >= params.max_steps
+        if outputs.truncations[env]:
+            outputs.final_observations[env] = outputs.observations[env]
+            outputs.final_neighbors[env] = outputs.neighbors[env]
+            outputs.stats[env] = state.totals[env]
+            outputs.stats[env, 2:5] /= state.totals[env, 1]
+            _swarm_reset(env, True, params, state)
+            _swarm_observe(env, params, state, scratch, outputs)
+
+
+def _cells_along(box_size, reach, count):
+    """Grid cells along a side, at least `reach` wide, about one point each; 1, no grid, where it would save nothing."""
+    cells = min(int(box_size / reach), math.ceil(math.sqrt(count)))
+    return cells if cells > 3 else 1
+
+
+class Swarm(NativeVectorEnv):
+    """Self-propelled agents at constant speed in a periodic box, after Vicsek et al., PRL 75, 1226 (1995).
+
+    Action (num_envs, n_agents, 1): the turn of this step, in [-max_turn, max_turn] rad; then one step straight ahead.
+    Observation (num_envs, n_agents, 5 * n_neighbors + 5), all in the agent's own frame, so that moving or turning the
+    world changes nothing: for each of the `n_neighbors` nearest others within `radius`, nearest first, the offset
+    forward and left (in radii), cos and sin of the relative heading, and 1 for presence (an absent one is all zeros);
+    then the last turn (in max_turn), crowding n / (n + n_neighbors) for n others within the radius, and the nearest
+    obstacle's centre forward and left (in radius + OBSTACLE_RADIUS) with its presence.
+    `infos["neighbors"]` (num_envs, n_agents, n_neighbors): who those neighbours are, the agent itself where absent.
+
+    Reward of an agent, the weighted sum of these terms, each a mean over the others within `radius` (0 if none) or its
+    own; the default weights are the published ones (count_self=True also counts the agent as its own neighbour at
+    distance 0, as the published reward did):
+
+        alignment     cos of the relative heading
+        cohesion      exp(-(d - 0.1 radius)^2 / (2 (0.2 radius)^2)) for a neighbour at distance d
+        separation    -1 for every other agent nearer than AGENT_DIAMETER
+        turning       -|turn|, before noise [rad]
+        order         cos of the angle between its heading and the mean heading of the swarm
+        obstacle      -1 on a step that ended inside an obstacle (the agent is put back on its edge)
+
+    Episodes end only at `max_steps`, by truncation. Episode statistics: "r" and "l" (r is the mean over agents);
+    "polar_order", |mean heading vector|; "cohesion"; "collisions", others nearer than AGENT_DIAMETER; all three means
+    over agents and steps; and "reward_<term>", which add up to r.
+
+    `reset(options={"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "obstacle": (num_envs,
+    n_obstacles, 2)})` gives any part of the start. `box_size` None keeps the published density, 40 agents to 10 x 10.
+    """
+
+    info_names = ("neighbors",)
+    stat_names = ("r", "l", "polar_order", "cohesion", "collisions", *(f"reward_{term}" for term in REWARD_TERMS))
+
+    def __init__(
+        self,
+        num_envs=1,
+        n_agents=10,
+        box_size=None,
+        radius=1.5,
+        speed=1.0,
+        dt=0.2,
+        max_turn=math.pi,
+        noise=0.0,
+        n_neighbors=6,
+        n_obstacles=0,
+        max_steps=250,
+        alignment_weight=0.0,
+        cohesion_weight=0.4,
+        separation_weight=0.0,
+        turning_weight=0.01,
+        order_weight=0.6,
+        obstacle_weight=1.0,
+        count_self=False,
+        render_mode=None,
+        first_env=0,
+    ):
+        n_agents = _integer("n_agents", n_agents, 1)
+        n_neighbors = _integer("n_neighbors", n_neighbors, 1)
+        n_obstacles = _integer("n_obstacles", n_obstacles, 0)
+        if box_size is None:
+            box_size = max(math.sqrt(n_agents / PUBLISHED_DENSITY), 2.0 * _number("radius", radius))
+        box_size = _number("box_size", box_size, 1e-6)
+        if n_obstacles * math.pi * OBSTACLE_RADIUS**2 > 0.5 * box_size**2:
+            most = int(0.5 * box_size**2 / (math.pi * OBSTACLE_RADIUS**2))
+            raise ValueError(f"n_obstacles is {n_obstacles}: at most {most} fill half of a box of side {box_size:g}")
+        weights = dict(
+            alignment_weight=alignment_weight,
+            cohesion_weight=cohesion_weight,
+            separation_weight=separation_weight,
+            turning_weight=turning_weight,
+            order_weight=order_weight,
+            obstacle_weight=obstacle_weight,
+        )
+        self.params = SwarmParams(
+            box_size=box_size,
+            radius=_number("radius", radius, 1e-6, 0.5 * box_size),
+            speed=_number("speed", speed, 0.0),
+            dt=_number("dt", dt, 1e-6),
+            max_turn=_number("max_turn", max_turn, 1e-6, math.pi),
+            noise=_number("noise", noise, 0.0, 2.0 * math.pi),
+            max_steps=_integer("max_steps", max_steps, 1),
+            count_self=bool(count_self),
+            cells=_cells_along(box_size, radius, n_agents),
+            obstacle_cells=_cells_along(box_size, radius + OBSTACLE_RADIUS, n_obstacles),
+            weights=np.array([_number(name, weight) for name, weight in weights.items()]),
+        )
+        absent_low = np.tile(np.float32([-1, -1, -1, -1, 0]), n_neighbors)
+        low = np.concatenate([absent_low, np.float32([-1, 0, -1, -1, 0])])
+        super().__init__(
+            num_envs,
+            gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
+            gym.spaces.Box(-self.params.max_turn, self.params.max_turn, (n_agents, 1), np.float32),
+            render_mode,
+            first_env,
+        )
+        self.start_shapes = {
+            "position": (num_envs, n_agents, 2),
+            "heading": (num_envs, n_agents),
+            "obstacle": (num_envs, n_obstacles, 2),
+        }
+        self.buffers["neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
+        self.buffers["final_neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
+        self.state = SwarmState(
+            position=np.zeros((num_envs, n_agents, 2)),
+            direction=np.zeros((num_envs, n_agents, 2)),
+            turn=np.zeros((num_envs, n_agents)),
+            obstacle=np.zeros((num_envs, n_obstacles, 2)),
+            elapsed=np.zeros(num_envs, np.int64),
+            totals=np.zeros((num_envs, len(self.stat_names))),
+            rng=np.zeros((num_envs, 2), np.uint64),
+        )
+        self.scratch = SwarmScratch(
+            terms=np.zeros((n_agents, len(REWARD_TERMS))),
+            pose=np.zeros((n_agents, 4)),
+            seen=np.zeros(n_agents, np.int64),
+            squared=np.zeros(n_agents),
+            nearest=np.zeros(n_neighbors),
+            order=np.zeros(n_agents, np.int64),
+            start=np.zeros(self.params.cells**2 + 1, np.int64),
+            obstacle_order=np.zeros(n_obstacles, np.int64),
+            obstacle_start=np.zeros(self.params.obstacle_cells**2 + 1, np.int64),
+        )
+
+    def restart(self, start):
+        box_size = self.params.box_size
+        if "obstacle" in start:
+            self.state.obstacle[...] = start["obstacle"] % box_size
+        for env in range(self.num_envs):
+            _swarm_reset(env, "obstacle" not in start, self.params, self.state)
+        if "position" in start:
+            self.state.position[...] = start["position"] % box_size
+        if "heading" in start:
+            self.state.direction[...] = np.stack([np.cos(start["heading"]), np.sin(start["heading"])], axis=-1)
+
+    def observe(self):
+        for env in range(self.num_envs):
+            _swarm_observe(env, self.params, self.state, self.scratch, SwarmOutputs(**self.buffers))
+
+    def advance(self, actions):
+        _swarm_step(actions, self.params, self.state, self.scratch, SwarmOutputs(**self.buffers))
+
+    def draw(self, env, size=384):
+        """Agents as arrowheads coloured by heading, obstacles as grey discs; size x size pixels."""
+        import pygame
+
+        scale = 2 * size / self.params.box_size  # drawn at twice the size, then smoothed
+        surface = pygame.Surface((2 * size, 2 * size))
+        surface.fill("white")
+        for x, y in _images(self.state.obstacle[env], OBSTACLE_RADIUS, self.params.box_size):
+            pygame.draw.circle(surface, "gray70", (scale * x, scale * y), scale * OBSTACLE_RADIUS)
+        length = max(0.12 * scale, 5.0)
+        arrow = np.array([[1.2, 0.0], [-0.8, 0.6], [-0.4, 0.0], [-0.8, -0.6]]) * length
+        for (x, y), (cos, sin) in zip(self.state.position[env], self.state.direction[env], strict=True):
+            color = pygame.Color(0)
+            color.hsva = (math.degrees(math.atan2(sin, cos)) % 360.0, 85, 80, 100)
+            corners = arrow @ np.array([[cos, sin], [-sin, cos]]) + (scale * x, scale * y)
+            pygame.draw.polygon(surface, color, corners.tolist())
+        surface = pygame.transform.flip(pygame.transform.smoothscale(surface, (size, size)), False, True)  # y is up
+        return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
+
+
+def _images(points, reach, box_size):
+    """The points (n, 2) with those copies of them that reach into the box from the other side of its edges."""
+    shifts = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]) * box_size
+    images = (points[:, None] + shifts).reshape(-1, 2)
+    return images[((images > -reach) & (images < box_size + reach)).all(axis=1)]
+
+
+NATIVE_ENVS = {"Swarm": Swarm}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Baselines
+# ----------------------------------------------------------------------------------------------------------------------
+# A policy is a function (observations, infos) -> actions; `make_policy(envs)` returns one for a batch of environments,
+# so that a policy with memory, or with randomness of its own, starts afresh for every evaluation.
+
+
+def random_policy(envs, seed=0):
+    """Actions drawn uniformly from the action space."""
+    rng, space = np.random.default_rng(seed), envs.action_space
+    if isinstance(envs.single_action_space, gym.spaces.Discrete):
+        return lambda observations, infos: rng.integers(envs.single_action_space.n, size=space.shape)
+    return lambda observations, infos: rng.uniform(space.low, space.high).astype(np.float32)
+
+
+def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
+    """Vicsek et al. (1995): turn to the mean heading of oneself and the neighbours within `radius` (None: all seen).
+
+    noise is the width of the uniform error added to each turn [rad].
+    """
+    rng, params = np.random.default_rng(seed), envs.params
+    reach = 1.0 if radius is None else radius / params.radius
+
+    def act(observations, infos):
+        features = observations[..., :-OWN_FEATURES]  # (num_envs, n_agents, n_neighbors * NEIGHBOR_FEATURES)
+        forward, left, cos, sin, present = np.moveaxis(
+            features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES), -1, 0
+        )
+        counted = present * (np.hypot(forward, left) <= reach)  # (num_envs, n_agents, n_neighbors)
+        turn = np.arctan2((counted * sin).sum(-1), 1.0 + (counted * cos).sum(-1))
+        turn += rng.uniform(-0.5 * noise, 0.5 * noise, turn.shape)
+        return np.clip(turn, -params.max_turn, params.max_turn)[..., None].astype(np.float32)
+
+    return act
+
+
+def baselines(env_id, **env_kwargs):
+    """What a trained policy is measured against: {name: (make_policy, env_kwargs)}."""
+    if env_id != "Swarm":
+        return {"random": (random_policy, env_kwargs)}
+    # Vicsek averages over everybody within the radius; seeing more neighbours changes nothing in the physics.
+    see_all = env_kwargs | {"n_neighbors": max(1, min(env_kwargs.get("n_agents", 10) - 1, 40))}
+    return {"vicsek": (vicsek_policy, see_all), "random": (random_policy, env_kwargs)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(make_policy, env_id, num_episodes, seed, record=False, **env_kwargs):
+    """Run `num_episodes` episodes, one in each of as many environments, in this process.
+
+    Returns (stats, rewards, frames): stats maps "r", "l" and the environment's metrics to (num_episodes,) arrays;
+    rewards (length of the longest episode, num_episodes) is the mean reward over agents at each step, NaN once an
+    episode has ended; frames are pictures of the first environment, empty unless `record`.
+    """
+    envs = make_vec(env_id, num_episodes, num_workers=0, render_mode="rgb_array" if record else None, **env_kwargs)
+    policy = make_policy(envs)
+    observations, infos = envs.reset(seed=seed)
+    stats, rewards, frames = None, [], []
+    running = np.ones(num_episodes, bool)  # (num_episodes,), whose first episode still goes on
+    while running.any():
+        if record:
+            frames.append(envs.render()[0])
+        observations, reward, _, _, infos = envs.step(policy(observations, infos))
+        reward = reward.reshape(num_episodes, -1).mean(axis=1)
+        rewards.append(np.where(running, reward, np.nan))
+        if "episode" in infos:
+            ended = running & infos["_episode"]
+            stats = stats or {name: np.zeros(num_episodes) for name in infos["episode"]}
+            for name, values in infos["episode"].items():
+                stats[name][ended] = values[ended]
+            running &= ~ended
+    envs.close()
+    return stats, np.array(rewards), frames
+
+
+def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
+    """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
+
+    Returns (scores, table): the mean reward per step of each, and the whole comparison as Markdown, mean and standard
+    deviation over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and `eval.mp4` (the
+    first episode of each, side by side).
+    """
+    entries = {name: (make_policy, env_kwargs) for name, make_policy in policies.items()}
+    entries |= baselines(env_id, **env_kwargs)
+    results = {name: evaluate(make, env_id, num_episodes, seed, **kwargs) for name, (make, kwargs) in entries.items()}
+    scores = {name: float((stats["r"] / stats["l"]).mean()) for name, (stats, _, _) in results.items()}
+    metrics = [name for name in next(iter(results.values()))[0] if name not in ("r", "l")]
+    lines = [f"| policy | reward per step | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    for name, (stats, _, _) in results.items():
+        columns = [stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
+        lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
+    if folder is not None:
+        _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
+        videos = {}
+        for name, (make_policy, kwargs) in entries.items():
+            videos[f"{name}   {scores[name]:.3f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
+        write_video(videos, f"{folder}/eval.mp4")
+    return scores, "\n".join(lines)
+
+
+def _plot_rewards(curves, path):
+    """Mean over episodes of the reward at every step, with a band of one standard deviation; {name: (steps, n)}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, rewards in curves.items():
+        mean, std, steps = np.nanmean(rewards, axis=1), np.nanstd(rewards, axis=1), np.arange(len(rewards))
+        axes.plot(steps, mean, label=f"{name}: {np.nanmean(rewards):.3f}")
+        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
+    axes.set(xlabel="step of the episode", ylabel="reward per agent", title=f"{rewards.shape[1]} held-out episodes")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write_video(videos, path, fps=25):
+    """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended."""
+    import pygame
+    from moviepy import ImageSequenceClip
+
+    pygame.font.init()
+    font = pygame.font.Font(None, 26)
+    strips = []
+    for step in range(max(len(frames) for frames in videos.values())):
+        panels = []
+        for caption, frames in videos.items():
+            picture = frames[min(step, len(frames) - 1)]
+            height, width = (size // 2 * 2 for size in picture.shape[:2])  # the codec wants even sides
+            panel = pygame.Surface((width, height + 32))
+            panel.fill("white")
+            panel.blit(pygame.surfarray.make_surface(picture[:height, :width].swapaxes(0, 1)), (0, 32))
+            pygame.draw.rect(panel, "gray50", (0, 32, width, height), 1)
+            panel.blit(font.render(caption, True, "black"), (8, 7))
+            panels.append(pygame.surfarray.array3d(panel).swapaxes(0, 1))
+        strips.append(np.concatenate(panels, axis=1))
+    ImageSequenceClip(strips, fps=fps).write_videofile(path, audio=False, logger=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vectorizer
+# ----------------------------------------------------------------------------------------------------------------------
+# One contiguous slice of the environments per forked worker; actions, observations, rewards and flags lie in memory
+# that all of them share. Two semaphores per worker, `go` and `done`, say whose turn it is to touch that memory. A
+# semaphore orders memory on every machine (POSIX: what was written before a post is seen after the wait for it), where
+# a plain flag would do so on x86 only, and as long as nobody sleeps on it it costs no system call. So both sides poll
+# for a while, giving up their core in between, and then sleep.
+
+CALLER_POLL_SECONDS = 2e-5  # about a wake-up; in a longer step the core of the caller is worth more to a worker
+WORKER_POLL_SECONDS = 1e-3  # as long as a policy may take to answer; while a learner learns, workers sleep
+CHECK_SECONDS = 0.5  # a sleeper looks this often whether the other side is still alive
+CLOSE_SECONDS = 1.5  # for workers to end their step and close their environments
+POOL_AGENTS = 2000  # native agents stepped at once from which on workers clearly pay: benchmarks/vectorizer.py, part 3
+WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+READY, STEP, CALL, STOP = range(4)  # orders to the workers
+
+
+class GymnasiumVectorEnv(gym.vector.VectorEnv):
+    """`gymnasium.make` environments, stepped one after the other, behind the interface of NativeVectorEnv.
+
+    Observations in floating point come as float32, integers as they are. Every environment is seeded by itself, from
+    the seed given to `reset` and its index in the whole batch.
+    """
+
+    info_names = ()
+    stat_names = ("r", "l")
+
+    def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
+        try:
+            gym.spec(env_id)
+        except (gym.error.Error, TypeError) as error:
+            allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
+            raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
+        if render_mode not in (None, "rgb_array", "human"):
+            raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
+        self.num_envs, self.first_env, self.render_mode = num_envs, first_env, render_mode
+        self.envs = []
+        for env in range(num_envs):
+            # One window is enough, and an environment told to render pays for it at every step.
+            wanted = {} if render_mode is None or (render_mode == "human" and env > 0) else {"render_mode": render_mode}
+            self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
+        self.spec = self.envs[0].spec
+        self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        space, self.single_action_space = self.envs[0].observation_space, self.envs[0].action_space
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"env_id is {env_id!r}, which observes {space}: only Box observations can be stepped")
+        if not isinstance(self.single_action_space, gym.spaces.Box | gym.spaces.Discrete):
+            allowed = "only Box and Discrete actions can be stepped"
+            raise ValueError(f"env_id is {env_id!r}, which takes {self.single_action_space}: {allowed}")
+        if space.dtype.kind == "f":
+            space = gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+        self.single_observation_space = space
+        self.observation_space = batch_space(space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.buffers = {
+            "observations": np.zeros((num_envs, *space.shape), space.dtype),
+            "final_observations": np.zeros((num_envs, *space.shape), space.dtype),
+            "rewards": np.zeros(num_envs, np.float32),
+            "terminations": np.zeros(num_envs, bool),
+            "truncations": np.zeros(num_envs, bool),
+            "stats": np.zeros((num_envs, len(self.stat_names))),
+        }
+        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
+        self.started = False
+
+    def reset(self, *, seed=None, options=None):
+        if self.closed:
+            raise gym.error.ClosedEnvironmentError("reset after close")
+        if seed is not None:
+            seed = _integer("seed", seed, 0)
+        env_seed = None
+        for i, env in enumerate(self.envs):
+            if seed is not None:  # 32 bits: no environment refuses them
+                env_seed = int(np.random.SeedSequence(seed, spawn_key=(self.first_env + i,)).generate_state(1)[0])
+            self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options)
+            self.returns[i], self.lengths[i] = 0.0, 0
+        self.started = True
+        return self.buffers["observations"].copy(), {}
+
+    def step(self, actions):
+        _check_steppable(self)
+        self.advance(_valid_actions(actions, self.action_space))
+        return _collect(self.buffers, self.info_names, self.stat_names)
+
+    def advance(self, actions):
+        observations, rewards = self.buffers["observations"], self.buffers["rewards"]
+        terminations, truncations = self.buffers["terminations"], self.buffers["truncations"]
+        # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
+        actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
+        for i, env in enumerate(self.envs):
+            observation, reward, terminated, truncated, _ = env.step(actions[i])
+            rewards[i], terminations[i], truncations[i] = reward, terminated, truncated
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            if terminated or truncated:
+                self.buffers["final_observations"][i] = observation
+                self.buffers["stats"][i] = self.returns[i], self.lengths[i]
+                self.returns[i], self.lengths[i] = 0.0, 0
+                observation, _ = env.reset()
+            observations[i] = observation
+
+    def get_state(self):
+        raise NotImplementedError("Gymnasium environments cannot save their state; the native ones can")
+
+    def set_state(self, state):
+        raise NotImplementedError("Gymnasium environments cannot restore a state; the native ones can")
+
+    def render(self):
+        if self.render_mode is None:
+            raise ValueError("render_mode is None: give 'rgb_array' or 'human' to make_vec")
+        if self.render_mode == "human":
+            return self.envs[0].render()
+        return tuple(env.render() for env in self.envs)
+
+    def close_extras(self, **kwargs):
+        for env in self.envs:
+            env.close()
+
+
+class Shared(NamedTuple):
+    """What a PoolVectorEnv and its workers have in common; inherited by the fork, never pickled."""
+
+    make_slice: Callable
+    slices: list  # of the environments, one per worker; likewise the semaphores and pipe ends below
+    buffers: dict
+    actions: np.ndarray
+    pids: np.ndarray  # (num_workers,), 0 until the worker has started
+    order: mmap.mmap  # one byte, for all workers
+    go: list
+    done: list
+    channels: tuple  # the caller's ends of the pipes
+    worker_channels: tuple
+    owner: int  # process id of the caller
+
+
+class PoolVectorEnv(gym.vector.VectorEnv):
+    """`make_slice(num_envs, first_env=...)` environments in `num_workers` processes of a `multiprocessing.Pool`.
+
+    Each worker is given one task, `_serve_slice`, that lasts until `close`. An exception in an environment is raised
+    here, with the worker's traceback as its cause, and so is a worker's death; both close the pool. Workers leave by
+    themselves when the caller is gone.
+    """
+
+    def __init__(self, make_slice, num_envs, num_workers):
+        probe = self.probe = make_slice(1)  # refuses bad arguments before anything starts
+        if isinstance(probe, NativeVectorEnv):  # compile once, here, and not in every worker
+            probe.reset(seed=0)
+            probe.step(np.zeros(probe.action_space.shape, probe.action_space.dtype))
+        self.num_envs, self.render_mode, self.spec = num_envs, probe.render_mode, probe.spec
+        self.metadata, self.info_names, self.stat_names = probe.metadata, probe.info_names, probe.stat_names
+        self.single_observation_space = probe.single_observation_space
+        self.single_action_space = probe.single_action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.buffers = {
+            name: _shared_array((num_envs, *array.shape[1:]), array.dtype) for name, array in probe.buffers.items()
+        }
+        context = multiprocessing.get_context("fork")
+        bounds = [num_envs * worker // num_workers for worker in range(num_workers + 1)]
+        channels, worker_channels = zip(*[context.Pipe() for _ in range(num_workers)], strict=True)
+        self.shared = Shared(
+            make_slice=make_slice,
+            slices=[slice(first, last) for first, last in itertools.pairwise(bounds)],
+            buffers=self.buffers,
+            actions=_shared_array(self.action_space.shape, self.action_space.dtype),
+            pids=_shared_array((num_workers,), np.int64),
+            order=mmap.mmap(-1, 1),
+            go=[context.Semaphore(0) for _ in range(num_workers)],
+            done=[context.Semaphore(0) for _ in range(num_workers)],
+            channels=channels,
+            worker_channels=worker_channels,
+            owner=os.getpid(),
+        )
+        self.started = False
+        # A Ctrl-C or SIGTERM in the middle of this waits; in a worker, until `_start_worker` has said what to do with
+        # it. The Pool's threads inherit the mask, and with it the workers that the Pool puts in the place of dead ones.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
+        try:
+            self.pool = context.Pool(num_workers, _start_worker, (self.shared,))
+            self.tasks = [self.pool.apply_async(_serve_slice, (worker,)) for worker in range(num_workers)]
+            # If nobody calls `close`, then at exit, before the Pool's own handler (priority 15) waits for its workers.
+            self.stop_workers = Finalize(None, _stop_workers, (self.shared, self.tasks), exitpriority=20)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for channel in worker_channels:  # the workers alone hold these ends now, so that each closes with its worker
+            channel.close()
+        self._tell(READY)
+
+    def reset(self, *, seed=None, options=None):
+        seed = None if seed is None else _integer("seed", seed, 0, 2**63 - 1)
+        parts = [options] * len(self.tasks)
+        if options and isinstance(self.probe, NativeVectorEnv):
+            starts = {name: np.empty(shape) for name, shape in self.probe.start_shapes.items()}
+            unknown = set(options) - set(starts)
+            if unknown:
+                raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(starts)}")
+            parts = self._split("options", options, starts)
+        self._tell(CALL, [methodcaller("reset", seed=seed, options=part) for part in parts])
+        return self._observed()
+
+    def step(self, actions):
+        _check_steppable(self)
+        self.shared.actions[...] = _valid_actions(actions, self.action_space)
+        self._tell(STEP)
+        return _collect(self.buffers, self.info_names, self.stat_names)
+
+    def get_state(self):
+        """All that the future depends on, as a dict of arrays, num_envs first: the same for any number of workers."""
+        self.probe.get_state()  # raises where a state cannot be had
+        states = self._tell(CALL, [methodcaller("get_state")] * len(self.tasks))
+        return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+
+    def set_state(self, state):
+        """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
+        arrays = self.probe.get_state()
+        if set(state) != set(arrays):
+            raise ValueError(f"state has {sorted(state)}: it must hold {sorted(arrays)}")
+        self._tell(CALL, [methodcaller("set_state", part) for part in self._split("state", state, arrays)])
+        return self._observed()
+
+    def render(self):
+        if self.render_mode is None:
+            raise ValueError("render_mode is None: give 'rgb_array' to make_vec")
+        return sum(self._tell(CALL, [methodcaller("render")] * len(self.tasks)), ())
+
+    def close_extras(self, **kwargs):
+        if os.getpid() != self.shared.owner:  # a copy of this object in some other fork: not its workers
+            return
+        self.stop_workers()
+        # A worker that was killed while idle keeps a lock for ever that `terminate` may need: do not wait as long.
+        ending = threading.Thread(target=self.pool.terminate, daemon=True)
+        ending.start()
+        ending.join(CLOSE_SECONDS)
+        for process in multiprocessing.active_children():
+            if process.pid in self.shared.pids:
+                process.kill()
+                process.join()
+
+    def __del__(self):
+        if hasattr(self, "stop_workers") and not sys.is_finalizing():  # at exit, the exit handlers have done it
+            self.close()
+
+    def _tell(self, order, messages=()):
+        """Give every worker an order, and wait. CALL comes with a message for each, and returns their answers."""
+        if self.closed:
+            raise gym.error.ClosedEnvironmentError("the environments are closed")
+        shared = self.shared
+        try:
+            shared.order[0] = order
+            for go in shared.go:
+                go.release()
+            for worker, message in enumerate(messages):
+                with contextlib.suppress(ConnectionError):  # it died: `_receive` will say so
+                    shared.channels[worker].send(message)
+            answers = [self._receive(worker) for worker in range(len(messages))]
+            for done in shared.done:
+                _take(done, CALLER_POLL_SECONDS, self._check_workers)
+        except BaseException:  # a Ctrl-C, too: half a step must not pass for a whole one
+            self.close()
+            raise
+        return answers
+
+    def _receive(self, worker):
+        channel = self.shared.channels[worker]
+        while not channel.poll(CHECK_SECONDS):
+            self._check_workers()
+        try:
+            return channel.recv()
+        except (EOFError, ConnectionError):
+            raise _death(self.shared.pids[worker]) from None
+
+    def _check_workers(self):
+        for task in self.tasks:
+            if task.ready():  # before it was told to stop: it failed
+                task.get()
+        alive = {process.pid for process in multiprocessing.active_children()}
+        for pid in self.shared.pids.tolist():
+            if pid and pid not in alive:
+                raise _death(pid)
+
+    def _split(self, argument, given, like):
+        """One dict per worker with its part of the `given` arrays, each of `like`'s shape and type per environment."""
+        arrays = {
+            name: _array(f"{argument}[{name!r}]", value, (self.num_envs, *like[name].shape[1:]), like[name].dtype)
+            for name, value in given.items()
+        }
+        return [{name: array[part] for name, array in arrays.items()} for part in self.shared.slices]
+
+    def _observed(self):
+        self.started = True
+        infos = {name: self.buffers[name].copy() for name in self.info_names}
+        return self.buffers["observations"].copy(), infos
+
+
+def _start_worker(shared):
+    """What every process of the Pool does first, whether a task awaits it or it only takes a dead worker's place."""
+    global _inherited
+    if "torch" in sys.modules:  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
+        sys.modules["torch"].set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to the workers, too, but the caller decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
+    _inherited = shared
+
+
+def _serve_slice(worker):
+    """A worker's one task: build its slice of the environments and follow orders until told to stop."""
+    shared, part = _inherited, _inherited.slices[worker]
+    shared.pids[worker] = os.getpid()
+    channel, go, done = shared.worker_channels[worker], shared.go[worker], shared.done[worker]
+    for other in {*shared.channels, *shared.worker_channels} - {channel}:
+        other.close()
+
+    def check_caller():
+        if os.getppid() != shared.owner:
+            sys.exit()
+
+    # A SIGTERM to the whole job must leave the caller its workers, so that it can save what they hold. An empty handler
+    # instead of SIG_IGN, because a program that an environment starts would inherit that.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with contextlib.closing(shared.make_slice(part.stop - part.start, first_env=part.start)) as env:
+            env.buffers = {name: array[part] for name, array in shared.buffers.items()}
+            actions = shared.actions[part]
+            while True:
+                _take(go, WORKER_POLL_SECONDS, check_caller)
+                order = shared.order[0]
+                if order == STEP:
+                    env.advance(actions)
+                elif order == CALL:
+                    channel.send(channel.recv()(env))
+                elif order == STOP:
+                    return
+                done.release()
+    except Exception:
+        check_caller()  # with nobody left to hear of it, leave quietly
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop_workers(shared, tasks):
+    """End the tasks: tell the workers, give them time to close their environments, and kill those that did not."""
+    shared.order[0] = STOP
+    for go in shared.go:
+        go.release()
+    deadline = time.monotonic() + CLOSE_SECONDS
+    alive = {process.pid: process for process in multiprocessing.active_children()}
+    for pid, task in zip(shared.pids.tolist(), tasks, strict=True):
+        if pid in alive:
+            task.wait(max(0.0, deadline - time.monotonic()))
+            if not task.ready():
+                alive[pid].kill()
+
+
+def _death(pid):
+    return RuntimeError(f"worker process {pid} died: it was killed (out of memory?), or crashed")
+
+
+def _take(semaphore, poll_seconds, check):
+    """Take a semaphore; while it is long in coming, `check` now and then whether it will come at all."""
+    deadline = time.perf_counter() + poll_seconds
+    while not semaphore.acquire(False):
+        if time.perf_counter() < deadline:
+            os.sched_yield()
+        elif semaphore.acquire(True, CHECK_SECONDS):
+            return
+        else:
+            check()
+
+
+def _shared_array(shape, dtype):
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))  # anonymous: gone with the last to hold it
+    return np.frombuffer(memory, dtype, count).reshape(shape)

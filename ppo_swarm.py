@@ -1,0 +1,555 @@
+"""PPO for swarms: one policy, run by every agent on what it sees itself.
+
+    python ppo_swarm.py                                    train on Swarm with 10 agents, then compare with Vicsek
+    python ppo_swarm.py --n-agents 40 --policy attention   a larger swarm that passes messages
+    python ppo_swarm.py --critic central                   MAPPO: a critic that sees the whole swarm
+    python ppo_swarm.py --evaluate runs/NAME/model.pt --n-agents 100
+    torchrun --nproc-per-node 2 ppo_swarm.py               data-parallel: each process has environments of its own
+    tensorboard --logdir runs
+
+The algorithm is clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv
+2011.09533), `--critic central` MAPPO (arXiv 2103.01955) with a critic that pools over the swarm, so that it takes any
+number of agents. How it departs from CleanRL's ppo_continuous_action.py:
+
+1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
+2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
+3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
+4. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
+"""
+
+import fcntl
+import io
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle torch threads must not spin on the env workers' cores
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA asks for
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import NEIGHBOR_FEATURES, compare, evaluate, make_vec, write_video
+
+VALIDATION_SEED, TEST_SEED = 2**62, 2**62 + 1  # held out: the seeds of training stay below
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem  # the name of this experiment
+    seed: int = 1  # the seed of everything random
+    torch_deterministic: bool = True  # use only deterministic torch operations
+    cuda: bool = False  # train on the GPU; small networks are faster on the CPU
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "cleanswarm"  # the project there
+    capture_video: bool = False  # also record a video at the start and at every new best
+    evaluate: str | None = None  # do not train, only compare this saved model with the baselines
+    init_from: str | None = None  # start from the weights of this saved model
+    eval_every: int = 800_000  # agent-steps between evaluations
+    eval_episodes: int = 100  # held-out episodes in an evaluation
+    checkpoint_every: int = 800_000  # agent-steps between checkpoints
+
+    env_id: str = "Swarm"  # a multi-agent environment of envs.py
+    n_agents: int = 10  # agents in each environment
+    # further arguments of the environment, as in: --env-kwargs box_size 10 noise 0.1
+    env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
+    num_envs: int = 32  # environments stepped together, by each process of a torchrun
+    num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
+
+    # the network of actor and critic; gnn and attention pass messages between neighbours
+    policy: Literal["mlp", "gnn", "attention"] = "mlp"
+    # local sees what its agent sees (IPPO), central also the mean over the swarm (MAPPO)
+    critic: Literal["local", "central"] = "local"
+    share_policy: bool = True  # one policy for all agents, or each its own
+    share_critic: bool = True  # one critic for all agents, or each its own
+    hidden_dim: int = 64  # width of the layers
+    hops: int = 2  # rounds of messages in gnn and attention
+    init_logstd: float = -2.0  # log of the standard deviation at the start, before the squashing
+
+    total_timesteps: int = 8_000_000  # agent-steps to train for
+    learning_rate: float = 1e-3  # the step size of Adam
+    num_steps: int = 64  # steps of each environment in a rollout
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: float = 0.95  # discount
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches in an epoch
+    update_epochs: int = 4  # epochs over a rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: float = 0.2  # how far the probability ratio may move
+    clip_vloss: bool = False  # clip the value loss as well
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
+
+    def __post_init__(self):
+        at_least_1 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_dim", "hops")
+        limits = dict.fromkeys((*at_least_1, "eval_every", "eval_episodes", "checkpoint_every"), (1, math.inf))
+        limits |= dict.fromkeys(("gamma", "gae_lambda"), (0, 1))
+        limits |= dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm"), (1e-12, 1e12))
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
+        if self.num_steps * self.num_envs % self.num_minibatches:
+            swarms = self.num_steps * self.num_envs
+            raise ValueError(
+                f"num_minibatches is {self.num_minibatches}: it must divide {swarms}, num_steps * num_envs"
+            )
+
+
+# -------------------- Network -----------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """A layer that all agents share (`n_agents` None), or one for each, as one batched product; orthogonal weights."""
+
+    def __init__(self, n_in, n_out, n_agents, std=2**0.5):
+        super().__init__()
+        weights = [nn.init.orthogonal_(torch.empty(n_out, n_in), std) for _ in range(n_agents or 1)]
+        self.weight = nn.Parameter(torch.stack(weights))  # (n_agents or 1, n_out, n_in)
+        self.bias = nn.Parameter(torch.zeros(n_agents or 1, n_out))
+
+    def forward(self, x):  # (batch, n_agents, n_in) to (batch, n_agents, n_out)
+        if len(self.weight) == 1:
+            return F.linear(x, self.weight[0], self.bias[0])
+        return torch.einsum("bni,noi->bno", x, self.weight) + self.bias
+
+
+class Trunk(nn.Module):
+    """Observations (batch, n_agents, obs_dim) to features (batch, n_agents, hidden_dim).
+
+    mlp sees the agent's own observation. gnn and attention then exchange `hops` messages along `neighbors` (batch,
+    n_agents, n_neighbors), each a round of communication: i hears from j a function of j's features and of how i sees
+    j, and takes the mean over its neighbours, or the mean weighted by attention.
+    """
+
+    def __init__(self, args, obs_dim, n_agents):
+        super().__init__()
+        self.policy, hidden = args.policy, args.hidden_dim
+
+        def layers(n_in, n_agents, count=args.hops):
+            return nn.ModuleList(Linear(n_in, hidden, n_agents) for _ in range(count))
+
+        self.embed = Linear(obs_dim, hidden, n_agents)
+        self.update = layers(hidden, n_agents, 1 if self.policy == "mlp" else args.hops)
+        if self.policy != "mlp":
+            self.send, self.hear = layers(hidden, n_agents), layers(hidden, n_agents)
+            self.edge = layers(NEIGHBOR_FEATURES, None)
+        if self.policy == "attention":
+            self.query = layers(hidden, n_agents)
+
+    def forward(self, obs, neighbors):
+        x = torch.tanh(self.embed(obs))
+        if self.policy == "mlp":
+            return torch.tanh(self.update[0](x))
+        batch, n_agents, n_neighbors = neighbors.shape
+        seen = obs[..., : n_neighbors * NEIGHBOR_FEATURES].unflatten(-1, (n_neighbors, NEIGHBOR_FEATURES))
+        present = seen[..., -1]  # (batch, n_agents, n_neighbors), 0 or 1
+        sender = (neighbors + n_agents * torch.arange(batch, device=obs.device)[:, None, None]).flatten()
+        for hop, update in enumerate(self.update):
+            sent = self.send[hop](x).flatten(0, 1)[sender].view(*neighbors.shape, -1)
+            messages = torch.tanh(sent + self.edge[hop](seen))  # (batch, n_agents, n_neighbors, hidden_dim)
+            weights = present / present.sum(-1, keepdim=True).clamp(min=1)
+            if self.policy == "attention":
+                scores = (messages @ self.query[hop](x).unsqueeze(-1)).squeeze(-1) / messages.shape[-1] ** 0.5
+                weights = scores.masked_fill(present == 0, -1e9).softmax(-1) * present
+            heard = (weights.unsqueeze(-2) @ messages).squeeze(-2)  # (batch, n_agents, hidden_dim)
+            x = torch.tanh(update(x) + self.hear[hop](heard))
+        return x
+
+
+class Agent(nn.Module):
+    """Actor and critic, with no layer in common; inputs and outputs are (batch, n_agents, ...)."""
+
+    def __init__(self, args, envs):
+        super().__init__()
+        obs_dim, act_dim = envs.single_observation_space.shape[-1], envs.single_action_space.shape[-1]
+        policy_agents = None if args.share_policy else args.n_agents
+        critic_agents = None if args.share_critic else args.n_agents
+        self.actor = Trunk(args, obs_dim, policy_agents)
+        self.actor_mean = Linear(args.hidden_dim, act_dim, policy_agents, std=0.01)
+        self.actor_logstd = nn.Parameter(torch.full((policy_agents or 1, act_dim), args.init_logstd))
+        self.critic = Trunk(args, obs_dim, critic_agents)
+        self.central = args.critic == "central"
+        self.critic_value = Linear(args.hidden_dim * (2 if self.central else 1), 1, critic_agents, std=1.0)
+        low, high = torch.tensor(envs.single_action_space.low[0]), torch.tensor(envs.single_action_space.high[0])
+        self.register_buffer("action_scale", (high - low) / 2, persistent=False)
+        self.register_buffer("action_bias", (high + low) / 2, persistent=False)
+
+    def get_value(self, obs, neighbors):
+        features = self.critic(obs, neighbors)
+        if self.central:
+            features = torch.cat([features, features.mean(dim=1, keepdim=True).expand_as(features)], dim=-1)
+        return self.critic_value(features).squeeze(-1)  # (batch, n_agents)
+
+    def get_policy(self, obs, neighbors):
+        mean = self.actor_mean(self.actor(obs, neighbors))
+        return SquashedNormal(mean, self.actor_logstd.expand_as(mean), self.action_scale, self.action_bias)
+
+    def make_policy(self, envs):
+        """The deterministic policy on arrays, as envs.py evaluates it."""
+
+        @torch.no_grad()
+        def act(observations, infos):
+            policy = self.get_policy(*to_tensors(observations, infos, self.action_scale.device))
+            return policy.squash(policy.mean).cpu().numpy()
+
+        return act
+
+
+class SquashedNormal:
+    """scale * tanh(u) + bias with u ~ Normal(mean, exp(logstd)), all (batch, n_agents, act_dim).
+
+    Actions are kept as u, so that tanh never has to be inverted; log_prob and entropy are those of the squashed action,
+    with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which keeps its digits for large u.
+    """
+
+    def __init__(self, mean, logstd, scale, bias):
+        self.mean, self.logstd, self.scale, self.bias = mean, logstd, scale, bias
+
+    def sample(self):
+        return self.mean + self.logstd.exp() * torch.randn_like(self.mean)
+
+    def squash(self, u):
+        return self.scale * torch.tanh(u) + self.bias
+
+    def log_prob(self, u):
+        normal = -0.5 * ((u - self.mean) / self.logstd.exp()) ** 2 - self.logstd - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
+        return (normal - log_slope).sum(-1)  # (batch, n_agents)
+
+    def entropy(self):
+        """No closed form; one reparameterised sample estimates it and its gradient without bias."""
+        return -self.log_prob(self.sample())
+
+
+def to_tensors(observations, infos, device):
+    """Observations and neighbour indices; (num_envs, n_agents, 0) where the environment reports no neighbours."""
+    neighbors = infos.get("neighbors", np.zeros((*observations.shape[:2], 0), np.int64))
+    return torch.as_tensor(observations, device=device), torch.as_tensor(neighbors, device=device)
+
+
+# -------------------- Algorithm ---------------------------------------------------------------------------------------
+
+
+def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lambda):
+    """Advantages (num_steps, num_envs, n_agents); so are rewards, values and final_values.
+
+    Where dones (num_steps, num_envs) is 1 an episode ended: the value of what came next is then not that of the next
+    step, which belongs to another episode, but final_values: V(final_obs) if a time limit cut the episode off, 0 if it
+    terminated. Nothing else crosses that line.
+    """
+    advantages = torch.zeros_like(rewards)
+    advantage, next_value = 0, last_value
+    for t in reversed(range(len(rewards))):
+        done = dones[t].unsqueeze(-1)
+        next_value = (1 - done) * next_value + done * final_values[t]
+        delta = rewards[t] + gamma * next_value - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * (1 - done) * advantage
+        next_value = values[t]
+    return advantages
+
+
+# -------------------- Run ---------------------------------------------------------------------------------------------
+
+
+def average(tensor, world_size):
+    """The mean over the processes of a torchrun, in place."""
+    if world_size > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size
+    return tensor
+
+
+def save(content, path):
+    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new."""
+    data, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    torch.save(content, data)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path):
+    """weights_only: a file from a stranger holds tensors and plain values, and cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not a file of this script: {error}") from error
+
+
+def lock(folder):
+    """One process at a time in a run's folder; the lock goes when the process ends, however it ends."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def find_unfinished(args, world_size):
+    """The folder, locked, and the checkpoint of an unfinished run of exactly these arguments, or (None, None)."""
+    for path in sorted(Path("runs").glob(f"{args.env_id}__{args.exp_name}__*/checkpoint.pt")):
+        try:
+            checkpoint = load(path)
+        except ValueError as error:
+            print(f"not resumed, and left where it is: {error}")
+            continue
+        if checkpoint["args"] != asdict(args) or len(checkpoint["ranks"]) != world_size:
+            print(f"left alone, an unfinished run of other arguments: {path.parent}")
+        elif not lock(path.parent):
+            print(f"left alone, a run that is still going on: {path.parent}")
+        else:
+            return path.parent, checkpoint
+    return None, None
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.evaluate:  # the saved arguments are the defaults: the same network and world but for what is given
+        args = tyro.cli(Args, default=Args(**load(args.evaluate)["args"]), description=__doc__)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+
+    # Environments first: workers have to be forked before torch starts threads
+    env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
+    envs = make_vec(args.env_id, args.num_envs, args.num_workers, **env_kwargs)
+    rank_seed = args.seed + (rank << 32)
+    next_obs, next_neighbors = to_tensors(*envs.reset(seed=rank_seed), device)
+    if args.policy != "mlp" and not next_neighbors.shape[-1]:
+        raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")
+    if world_size > 1:
+        dist.init_process_group("nccl" if args.cuda else "gloo")
+
+    torch.manual_seed(args.seed)
+    agent = Agent(args, envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    if args.evaluate or args.init_from:
+        agent.load_state_dict(load(args.evaluate or args.init_from)["model"])
+    if args.evaluate:
+        folder, policies = Path(args.evaluate).parent, {args.exp_name: agent.make_policy}
+        print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
+        print(f"In {folder}: eval.png, eval.mp4")
+        raise SystemExit
+
+    batch_size = args.num_steps * args.num_envs  # swarms in a rollout
+    steps_per_iteration = batch_size * args.n_agents * world_size  # agent-steps
+    num_iterations = args.total_timesteps // steps_per_iteration
+    if num_iterations < 1:
+        raise ValueError(f"total_timesteps is {args.total_timesteps}: one rollout already has {steps_per_iteration}")
+
+    # The run's folder, a new one or an unfinished run's
+    run_dir, checkpoint = find_unfinished(args, world_size) if rank == 0 else (None, None)
+    if rank == 0 and run_dir is None:
+        run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        run_dir = Path("runs") / run_name
+        run_dir.mkdir(parents=True)
+        lock(run_dir)
+    if world_size > 1:
+        run = [run_dir, checkpoint]
+        dist.broadcast_object_list(run)
+        run_dir, checkpoint = run
+    iteration, best_score = 0, -math.inf
+    torch.manual_seed(rank_seed)  # all ranks begin with the same weights, and go on with draws of their own
+    if checkpoint:
+        iteration, best_score, mine = checkpoint["iteration"], checkpoint["best_score"], checkpoint["ranks"][rank]
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(mine["torch"])
+        if args.cuda:
+            torch.cuda.set_rng_state(mine["cuda"], device)
+        state = {name: array.numpy() for name, array in mine["envs"].items()}
+        next_obs, next_neighbors = to_tensors(*envs.set_state(state), device)
+    global_step = first_step = iteration * steps_per_iteration  # agent-steps
+    if rank == 0:
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project_name, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+        writer = SummaryWriter(run_dir, purge_step=global_step)
+        if not checkpoint:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(args).items())
+            writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
+        print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
+
+    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    # Storage
+    shape = (args.num_steps, args.num_envs, args.n_agents)
+    obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
+    neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
+    raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
+    logprobs, rewards, values, final_values = (torch.zeros(shape, device=device) for _ in range(4))
+    dones = torch.zeros(shape[:2], device=device)
+
+    stopping, finished, start_time = False, iteration == num_iterations, time.time()
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit_scale=True, disable=rank > 0)
+    while not finished and not stopping:
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+        iteration += 1
+
+        # Rollout
+        rollout_start, episodes = time.time(), {}
+        for step in range(args.num_steps):
+            obs[step], neighbors[step] = next_obs, next_neighbors
+            with torch.no_grad():
+                policy = agent.get_policy(next_obs, next_neighbors)
+                raw_actions[step] = policy.sample()
+                logprobs[step] = policy.log_prob(raw_actions[step])
+                values[step] = agent.get_value(next_obs, next_neighbors)
+                actions = policy.squash(raw_actions[step]).cpu().numpy()
+            observations, reward, terminations, truncations, infos = envs.step(actions)
+            next_obs, next_neighbors = to_tensors(observations, infos, device)
+            rewards[step] = torch.as_tensor(reward)
+            dones[step] = torch.as_tensor(terminations | truncations)
+            final_values[step] = 0
+            cut_off = torch.as_tensor(truncations & ~terminations, device=device)
+            if cut_off.any():
+                with torch.no_grad():
+                    final_value = agent.get_value(*to_tensors(infos["final_obs"], infos["final_info"], device))
+                final_values[step, cut_off] = final_value[cut_off]
+            for name, value in infos.get("episode", {}).items():
+                episodes.setdefault(name, []).extend(value[infos["_episode"]])
+        with torch.no_grad():
+            last_value = agent.get_value(next_obs, next_neighbors)
+        advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values
+
+        # Update
+        update_start = time.time()
+        b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values = (
+            x.flatten(0, 1) for x in (obs, neighbors, raw_actions, logprobs, advantages, returns, values)
+        )
+        minibatches = (
+            mb_inds
+            for _ in range(args.update_epochs)
+            for mb_inds in torch.randperm(batch_size, device=device).chunk(args.num_minibatches)
+        )
+        losses, num_updates = torch.zeros(6, device=device), 0
+        for mb_inds in minibatches:
+            policy = agent.get_policy(b_obs[mb_inds], b_neighbors[mb_inds])
+            logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
+            ratio = logratio.exp()  # (minibatch, n_agents)
+            with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+                old_approx_kl = (-logratio).mean()
+                approx_kl = ((ratio - 1) - logratio).mean()
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            if args.target_kl is not None and average(approx_kl, world_size) > args.target_kl:
+                break
+
+            mb_advantages = b_advantages[mb_inds]
+            if args.norm_adv:
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+            pg_loss1 = -mb_advantages * ratio
+            pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+
+            newvalue = agent.get_value(b_obs[mb_inds], b_neighbors[mb_inds])
+            v_loss = (newvalue - b_returns[mb_inds]) ** 2
+            if args.clip_vloss:
+                v_clipped = b_values[mb_inds] + (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
+                v_loss = torch.max(v_loss, (v_clipped - b_returns[mb_inds]) ** 2)
+            v_loss = 0.5 * v_loss.mean()
+
+            entropy = policy.entropy().mean()
+            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+            losses += torch.stack([v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]).detach()
+            num_updates += 1
+
+            optimizer.zero_grad()
+            loss.backward()
+            if world_size > 1:
+                grads = [parameter.grad for parameter in agent.parameters()]
+                nn.utils.vector_to_parameters(average(nn.utils.parameters_to_vector(grads), world_size), grads)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+        # Log
+        last_step, global_step, now = global_step, global_step + steps_per_iteration, time.time()
+        if rank == 0:
+            loss_names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+            scalars = {f"losses/{name}": x for name, x in zip(loss_names, losses / max(num_updates, 1), strict=True)}
+            scalars["losses/explained_variance"] = 1 - (returns - values).var() / returns.var()
+            scalars["losses/std"] = agent.actor_logstd.exp().mean()
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            scalars["charts/SPS"] = (global_step - first_step) / (now - start_time)  # agent-steps, all costs included
+            scalars["charts/rollout_seconds"] = update_start - rollout_start
+            scalars["charts/update_seconds"] = now - update_start
+            for name, value in episodes.items():
+                tag = {"r": "charts/episodic_return", "l": "charts/episodic_length"}.get(name, f"episode/{name}")
+                scalars[tag] = np.mean(value)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, float(value), global_step)
+            progress.update(steps_per_iteration)
+            if episodes:
+                progress.set_postfix_str(f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}")
+
+        # Evaluate
+        finished = iteration == num_iterations
+        if rank == 0 and (global_step // args.eval_every > last_step // args.eval_every or finished):
+            stats, _, _ = evaluate(agent.make_policy, args.env_id, args.eval_episodes, VALIDATION_SEED, **env_kwargs)
+            for name, value in stats.items():
+                writer.add_scalar(f"eval/{name}", value.mean(), global_step)
+            score, best = float(stats["r"].mean()), ""
+            if score > best_score:
+                best_score, best = score, ", the best so far"
+                save({"args": asdict(args), "model": agent.state_dict()}, run_dir / "model.pt")
+                if args.capture_video:
+                    _, _, frames = evaluate(agent.make_policy, args.env_id, 1, VALIDATION_SEED, True, **env_kwargs)
+                    write_video({f"step {global_step:,}": frames}, f"{run_dir}/{global_step}.mp4")
+            tqdm.write(f"step {global_step:,}: held-out return {score:.2f} +- {stats['r'].std():.2f}{best}")
+
+        # Checkpoint
+        stopping = average(torch.tensor(float(len(stop)), device=device), world_size) > 0  # on all ranks or none
+        if global_step // args.checkpoint_every > last_step // args.checkpoint_every or finished or stopping:
+            mine = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if args.cuda else None}
+            mine["envs"] = {name: torch.from_numpy(array) for name, array in envs.get_state().items()}
+            ranks = [mine] * world_size
+            if world_size > 1:
+                dist.all_gather_object(ranks, mine)
+            checkpoint = {"args": asdict(args), "iteration": iteration, "best_score": best_score, "ranks": ranks}
+            checkpoint |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            try:
+                if rank == 0:
+                    save(checkpoint, run_dir / "checkpoint.pt")
+            except OSError as error:
+                tqdm.write(f"training goes on without a checkpoint at step {global_step:,}: {error}")
+
+    envs.close()
+    progress.close()
+    if rank == 0 and not finished:
+        print(f"stopped at {global_step:,} of {args.total_timesteps:,}; the same command goes on from there: {run_dir}")
+    elif rank == 0:
+        agent.load_state_dict(load(run_dir / "model.pt")["model"])
+        policies = {args.exp_name: agent.make_policy}
+        scores, table = compare(policies, args.env_id, args.eval_episodes, TEST_SEED, run_dir, **env_kwargs)
+        print(f"\nThe best policy on {args.eval_episodes} other held-out episodes:\n\n{table}\n")
+        for name, score in scores.items():
+            writer.add_scalar(f"test/{name}", score, global_step)
+        writer.close()
+        (run_dir / "checkpoint.pt").unlink(missing_ok=True)
+        print(f"{(time.time() - start_time) / 60:.1f} minutes. In {run_dir}: model.pt, eval.png, eval.mp4, TensorBoard")
+    if world_size > 1:
+        dist.destroy_process_group()
