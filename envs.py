@@ -98,7 +98,10 @@ def _number(name, value, low=-math.inf, high=math.inf):
 
 
 def _array(name, value, shape, dtype):
-    array = np.asarray(value, dtype=dtype)
+    try:
+        array = np.asarray(value, dtype=dtype)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: it must be an array of numbers of shape {shape}") from None
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}: it must be {shape}")
     if not np.isfinite(array).all():
@@ -355,7 +358,7 @@ def _wrap(x, box_size):
 
 @njit(cache=True, error_model="numpy")
 def _cell(x, cells, box_size):
-    return min(int(x * (cells / box_size)), cells - 1)
+    return min(max(int(x * (cells / box_size)), 0), cells - 1)
 
 
 @njit(cache=True, error_model="numpy")
@@ -445,9 +448,11 @@ def _swarm_move(env, actions, params, state, scratch):
         terms[i, OBSTACLE] = 0.0
         if obstacle.shape[0] > 0:
             distance, dx, dy = _nearest_obstacle(x, y, OBSTACLE_RADIUS, obstacle, box_size, cells, order, start)
+            if distance < 1e-9:  # on the very centre: back the way it came
+                distance, dx, dy = 1e-9, 1e-9 * direction[i, 0], 1e-9 * direction[i, 1]
             if distance < OBSTACLE_RADIUS:
                 terms[i, OBSTACLE] = -1.0
-                edge = 1.0 - OBSTACLE_RADIUS / max(distance, 1e-9)
+                edge = 1.0 - OBSTACLE_RADIUS / distance
                 x, y = _wrap(x + edge * dx, box_size), _wrap(y + edge * dy, box_size)
         position[i, 0], position[i, 1] = x, y
 
@@ -591,8 +596,8 @@ def _swarm_step(actions, params, state, scratch, outputs):
 
 
 def _cells_along(box_size, reach, count):
-    """Grid cells along a side, at least `reach` wide, about one point each; 1, no grid, where it would save nothing."""
-    cells = min(int(box_size / reach), math.ceil(math.sqrt(count)))
+    """Grid cells along a side, wider than `reach`, about one point each; 1, no grid, where it would save nothing."""
+    cells = min(int(box_size / reach * (1.0 - 1e-9)), math.ceil(math.sqrt(count)))
     return cells if cells > 3 else 1
 
 
@@ -661,6 +666,8 @@ class Swarm(NativeVectorEnv):
         if n_obstacles * math.pi * OBSTACLE_RADIUS**2 > 0.5 * box_size**2:
             most = int(0.5 * box_size**2 / (math.pi * OBSTACLE_RADIUS**2))
             raise ValueError(f"n_obstacles is {n_obstacles}: at most {most} fill half of a box of side {box_size:g}")
+        if not isinstance(count_self, bool):
+            raise ValueError(f"count_self is {count_self!r}: it must be True or False")
         weights = dict(
             alignment_weight=alignment_weight,
             cohesion_weight=cohesion_weight,
@@ -677,7 +684,7 @@ class Swarm(NativeVectorEnv):
             max_turn=_number("max_turn", max_turn, 1e-6, math.pi),
             noise=_number("noise", noise, 0.0, 2.0 * math.pi),
             max_steps=_integer("max_steps", max_steps, 1),
-            count_self=bool(count_self),
+            count_self=count_self,
             cells=_cells_along(box_size, radius, n_agents),
             obstacle_cells=_cells_along(box_size, radius + OBSTACLE_RADIUS, n_obstacles),
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),

@@ -73,7 +73,7 @@ class Args:
     share_policy: bool = True  # one policy for all agents, or each its own
     share_critic: bool = True  # one critic for all agents, or each its own
     hidden_dim: int = 64  # width of the layers
-    hops: int = 2  # rounds of messages in gnn and attention
+    hops: int = 1  # rounds of messages in gnn and attention
     init_logstd: float = -2.0  # log of the standard deviation at the start, before the squashing
 
     total_timesteps: int = 8_000_000  # agent-steps to train for
@@ -135,18 +135,16 @@ class Trunk(nn.Module):
 
     def __init__(self, args, obs_dim, n_agents):
         super().__init__()
-        self.policy, hidden = args.policy, args.hidden_dim
-
-        def layers(n_in, n_agents, count=args.hops):
-            return nn.ModuleList(Linear(n_in, hidden, n_agents) for _ in range(count))
-
+        self.policy, hidden, message = args.policy, args.hidden_dim, args.hidden_dim // 2
+        hops = 1 if self.policy == "mlp" else args.hops
         self.embed = Linear(obs_dim, hidden, n_agents)
-        self.update = layers(hidden, n_agents, 1 if self.policy == "mlp" else args.hops)
+        self.update = nn.ModuleList(Linear(hidden, hidden, n_agents) for _ in range(hops))
         if self.policy != "mlp":
-            self.send, self.hear = layers(hidden, n_agents), layers(hidden, n_agents)
-            self.edge = layers(NEIGHBOR_FEATURES, None)
+            self.send = nn.ModuleList(Linear(hidden, message, n_agents) for _ in range(hops))
+            self.edge = nn.ModuleList(Linear(NEIGHBOR_FEATURES, message, None) for _ in range(hops))
+            self.hear = nn.ModuleList(Linear(message, hidden, n_agents) for _ in range(hops))
         if self.policy == "attention":
-            self.query = layers(hidden, n_agents)
+            self.query = nn.ModuleList(Linear(hidden, message, n_agents) for _ in range(hops))
 
     def forward(self, obs, neighbors):
         x = torch.tanh(self.embed(obs))
@@ -158,12 +156,12 @@ class Trunk(nn.Module):
         sender = (neighbors + n_agents * torch.arange(batch, device=obs.device)[:, None, None]).flatten()
         for hop, update in enumerate(self.update):
             sent = self.send[hop](x).flatten(0, 1)[sender].view(*neighbors.shape, -1)
-            messages = torch.tanh(sent + self.edge[hop](seen))  # (batch, n_agents, n_neighbors, hidden_dim)
+            messages = torch.relu(sent + self.edge[hop](seen))  # (batch, n_agents, n_neighbors, hidden_dim // 2)
             weights = present / present.sum(-1, keepdim=True).clamp(min=1)
             if self.policy == "attention":
-                scores = (messages @ self.query[hop](x).unsqueeze(-1)).squeeze(-1) / messages.shape[-1] ** 0.5
+                scores = (messages * self.query[hop](x).unsqueeze(-2)).sum(-1) / messages.shape[-1] ** 0.5
                 weights = scores.masked_fill(present == 0, -1e9).softmax(-1) * present
-            heard = (weights.unsqueeze(-2) @ messages).squeeze(-2)  # (batch, n_agents, hidden_dim)
+            heard = (weights.unsqueeze(-1) * messages).sum(-2)  # faster here than a batched product, forwards and back
             x = torch.tanh(update(x) + self.hear[hop](heard))
         return x
 
