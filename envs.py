@@ -153,7 +153,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         actions      (num_envs, n_agents, act_dim)     terminations, truncations (num_envs,)
 
     A subclass declares its spaces to `__init__`; sets `state`, a NamedTuple of arrays (num_envs first) that holds all
-    the future depends on, among them `rng` (num_envs, 2) uint64; names the arrays a start may be given as, with their
+    the future depends on, among them `rng` (num_envs, 2); names the arrays a start may be given as, with their
     shapes, in `start_shapes`; and has `restart(start)` (new episodes), `observe()` (state to buffers),
     `advance(actions)` (one step, into buffers) and `draw(env)` (a picture). The vectorizer puts views of shared memory
     in the place of `buffers`; `first_env` is the index of this slice's first environment in the whole batch, so that
@@ -255,7 +255,8 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 # Randomness
 # ----------------------------------------------------------------------------------------------------------------------
 # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) with a key and a counter per environment: the n-th number of an
-# environment is a hash of (seed, environment index, n), whichever process draws it. rng (num_envs, 2): key, counter.
+# environment is a hash of (seed, environment index, n), whichever process draws it. rng (num_envs, 2) holds the keys
+# and the counters, as int64 because tensors of uint64 cannot be pickled.
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -270,15 +271,15 @@ def _mix(z):
 @njit(cache=True, error_model="numpy")
 def _seed_rng(rng, seed, first_env):
     for env in range(rng.shape[0]):
-        rng[env, 0] = _mix(_mix(seed + GOLDEN) + (first_env + np.uint64(env)) * GOLDEN)
-        rng[env, 1] = np.uint64(0)
+        rng[env, 0] = np.int64(_mix(_mix(seed + GOLDEN) + (first_env + np.uint64(env)) * GOLDEN))
+        rng[env, 1] = 0
 
 
 @njit(cache=True, error_model="numpy")
 def _uniform(rng, env, low, high):
     """The environment's next number, uniform in [low, high)."""
-    rng[env, 1] += np.uint64(1)
-    bits = _mix(rng[env, 0] + rng[env, 1] * GOLDEN) >> np.uint64(11)
+    rng[env, 1] += 1
+    bits = _mix(np.uint64(rng[env, 0]) + np.uint64(rng[env, 1]) * GOLDEN) >> np.uint64(11)
     return low + (high - low) * (np.float64(bits) * 2.0**-53)
 
 
@@ -290,7 +291,7 @@ AGENT_DIAMETER = 0.1  # two agents nearer than this collide [length]
 OBSTACLE_RADIUS = 0.5  # [length]
 PUBLISHED_DENSITY = 0.4  # 40 agents in a box of side 10 [agents per unit area]
 NEIGHBOR_FEATURES = 5  # forward, left, cos and sin of the relative heading, presence
-OWN_FEATURES = 5  # last turn, crowding, and the nearest obstacle: forward, left, presence
+OWN_FEATURES = 9  # last turn, crowding, mean of all seen (forward, left, cos, sin), obstacle (forward, left, presence)
 ALIGNMENT, COHESION, SEPARATION, TURNING, ORDER, OBSTACLE = range(6)  # columns of the reward terms
 REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
 
@@ -325,7 +326,7 @@ class SwarmScratch(NamedTuple):
     terms: np.ndarray  # (n_agents, 6), the reward terms before weighting
     pose: np.ndarray  # (n_agents, 4), x, y, cos and sin of the heading, sorted by grid cell
     seen: np.ndarray  # (n_agents,), rows of `pose` that an agent sees
-    squared: np.ndarray  # (n_agents,), and their squared distances
+    offset: np.ndarray  # (n_agents, 2), and where they are from it [box sides]
     nearest: np.ndarray  # (n_neighbors,), distances of an agent's nearest so far
     order: np.ndarray  # (n_agents,), agents sorted by grid cell
     start: np.ndarray  # (cells ** 2 + 1,), where each cell begins in `order`
@@ -463,7 +464,7 @@ def _swarm_observe(env, params, state, scratch, outputs):
     position, direction, obstacle = state.position[env], state.direction[env], state.obstacle[env]
     observations, neighbors = outputs.observations[env], outputs.neighbors[env]
     order, start, pose, terms = scratch.order, scratch.start, scratch.pose, scratch.terms
-    seen, squared, nearest = scratch.seen, scratch.squared, scratch.nearest
+    seen, offset, nearest = scratch.seen, scratch.offset, scratch.nearest
     n_agents, n_neighbors = neighbors.shape
     box_size, radius, cells = params.box_size, params.radius, params.cells
     span = 1 if cells > 1 else 0
@@ -486,17 +487,18 @@ def _swarm_observe(env, params, state, scratch, outputs):
                 for other in range(start[c], start[c + 1]):  # keep or overwrite: a branch would mispredict
                     dx, dy = pose[other, 0] - x, pose[other, 1] - y
                     dx, dy = dx - np.rint(dx), dy - np.rint(dy)
-                    d2 = dx * dx + dy * dy
-                    seen[n_seen], squared[n_seen] = other, d2
-                    n_seen += (d2 <= limit) & (other != m)
+                    seen[n_seen], offset[n_seen, 0], offset[n_seen, 1] = other, dx, dy
+                    n_seen += (dx * dx + dy * dy <= limit) & (other != m)
 
         kept = collisions = 0
-        alignment = cohesion = 0.0
+        cohesion = sum_dx = sum_dy = sum_cos = sum_sin = 0.0
         for s in range(n_seen):
-            other, distance = seen[s], box_size * math.sqrt(squared[s])
+            other, dx, dy = seen[s], offset[s, 0], offset[s, 1]
+            distance = box_size * math.sqrt(dx * dx + dy * dy)
             collisions += distance < AGENT_DIAMETER
-            alignment += cos * pose[other, 2] + sin * pose[other, 3]
             cohesion += _closeness(distance, radius)
+            sum_dx, sum_dy = sum_dx + dx, sum_dy + dy
+            sum_cos, sum_sin = sum_cos + pose[other, 2], sum_sin + pose[other, 3]
             if kept < n_neighbors:
                 kept += 1
             elif distance >= nearest[kept - 1]:
@@ -523,8 +525,13 @@ def _swarm_observe(env, params, state, scratch, outputs):
             neighbors[i, k] = i
         observations[i, own] = state.turn[env, i] / params.max_turn
         observations[i, own + 1] = n_seen / (n_seen + n_neighbors)
+        share = 1.0 / max(n_seen, 1)
+        observations[i, own + 2] = share * box_size / radius * (cos * sum_dx + sin * sum_dy)
+        observations[i, own + 3] = share * box_size / radius * (cos * sum_dy - sin * sum_dx)
+        observations[i, own + 4] = share * (cos * sum_cos + sin * sum_sin)
+        observations[i, own + 5] = share * (cos * sum_sin - sin * sum_cos)
 
-        terms[i, ALIGNMENT] = alignment / max(n_seen, 1)
+        terms[i, ALIGNMENT] = share * (cos * sum_cos + sin * sum_sin)
         terms[i, SEPARATION] = -collisions
         if params.count_self:
             cohesion, n_seen = cohesion + _closeness(0.0, radius), n_seen + 1
@@ -538,9 +545,9 @@ def _swarm_observe(env, params, state, scratch, outputs):
             x, y, cos, sin = position[i, 0], position[i, 1], direction[i, 0], direction[i, 1]
             distance, dx, dy = _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start)
             if distance < math.inf:
-                observations[i, own + 2] = (cos * dx + sin * dy) / reach
-                observations[i, own + 3] = (cos * dy - sin * dx) / reach
-                observations[i, own + 4] = 1.0
+                observations[i, own + 6] = (cos * dx + sin * dy) / reach
+                observations[i, own + 7] = (cos * dy - sin * dx) / reach
+                observations[i, own + 8] = 1.0
 
 
 @njit(cache=True, error_model="numpy")
@@ -605,16 +612,17 @@ class Swarm(NativeVectorEnv):
     """Self-propelled agents at constant speed in a periodic box, after Vicsek et al., PRL 75, 1226 (1995).
 
     Action (num_envs, n_agents, 1): the turn of this step, in [-max_turn, max_turn] rad; then one step straight ahead.
-    Observation (num_envs, n_agents, 5 * n_neighbors + 5), all in the agent's own frame, so that moving or turning the
+    Observation (num_envs, n_agents, 5 * n_neighbors + 9), all in the agent's own frame, so that moving or turning the
     world changes nothing: for each of the `n_neighbors` nearest others within `radius`, nearest first, the offset
     forward and left (in radii), cos and sin of the relative heading, and 1 for presence (an absent one is all zeros);
-    then the last turn (in max_turn), crowding n / (n + n_neighbors) for n others within the radius, and the nearest
-    obstacle's centre forward and left (in radius + OBSTACLE_RADIUS) with its presence.
+    then the last turn (in max_turn), crowding n / (n + n_neighbors) for n others within the radius, the mean over all n
+    of the offset, cos and sin (else an agent in a tight crowd, blind beyond its nearest, could not rejoin the rest),
+    and the nearest obstacle's centre forward and left (in radius + OBSTACLE_RADIUS) with its presence.
     `infos["neighbors"]` (num_envs, n_agents, n_neighbors): who those neighbours are, the agent itself where absent.
 
     Reward of an agent, the weighted sum of these terms, each a mean over the others within `radius` (0 if none) or its
-    own; the default weights are the published ones (count_self=True also counts the agent as its own neighbour at
-    distance 0, as the published reward did):
+    own; the default weights are the published ones (count_self=True counts the agent in its own cohesion, at distance
+    0, as the published reward did):
 
         alignment     cos of the relative heading
         cohesion      exp(-(d - 0.1 radius)^2 / (2 (0.2 radius)^2)) for a neighbour at distance d
@@ -628,7 +636,8 @@ class Swarm(NativeVectorEnv):
     over agents and steps; and "reward_<term>", which add up to r.
 
     `reset(options={"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "obstacle": (num_envs,
-    n_obstacles, 2)})` gives any part of the start. `box_size` None keeps the published density, 40 agents to 10 x 10.
+    n_obstacles, 2)})` gives any part of the start, wrapped into the box; the episodes after it start at random again.
+    `box_size` None keeps the published density, 40 agents to 10 x 10.
     """
 
     info_names = ("neighbors",)
@@ -678,7 +687,7 @@ class Swarm(NativeVectorEnv):
         )
         self.params = SwarmParams(
             box_size=box_size,
-            radius=_number("radius", radius, 1e-6, 0.5 * box_size),
+            radius=_number("radius", radius, AGENT_DIAMETER, 0.5 * box_size),
             speed=_number("speed", speed, 0.0),
             dt=_number("dt", dt, 1e-6),
             max_turn=_number("max_turn", max_turn, 1e-6, math.pi),
@@ -690,7 +699,7 @@ class Swarm(NativeVectorEnv):
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
         absent_low = np.tile(np.float32([-1, -1, -1, -1, 0]), n_neighbors)
-        low = np.concatenate([absent_low, np.float32([-1, 0, -1, -1, 0])])
+        low = np.concatenate([absent_low, np.float32([-1, 0, -1, -1, -1, -1, -1, -1, 0])])
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
@@ -712,13 +721,13 @@ class Swarm(NativeVectorEnv):
             obstacle=np.zeros((num_envs, n_obstacles, 2)),
             elapsed=np.zeros(num_envs, np.int64),
             totals=np.zeros((num_envs, len(self.stat_names))),
-            rng=np.zeros((num_envs, 2), np.uint64),
+            rng=np.zeros((num_envs, 2), np.int64),
         )
         self.scratch = SwarmScratch(
             terms=np.zeros((n_agents, len(REWARD_TERMS))),
             pose=np.zeros((n_agents, 4)),
             seen=np.zeros(n_agents, np.int64),
-            squared=np.zeros(n_agents),
+            offset=np.zeros((n_agents, 2)),
             nearest=np.zeros(n_neighbors),
             order=np.zeros(n_agents, np.int64),
             start=np.zeros(self.params.cells**2 + 1, np.int64),

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle torch threads must not spin on the env workers' cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # or idle torch threads spin for long on cores that others need
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA asks for
 
 import numpy as np
@@ -55,9 +55,9 @@ class Args:
     capture_video: bool = False  # also record a video at the start and at every new best
     evaluate: str | None = None  # do not train, only compare this saved model with the baselines
     init_from: str | None = None  # start from the weights of this saved model
-    eval_every: int = 800_000  # agent-steps between evaluations
+    eval_every: int = 400_000  # agent-steps between evaluations
     eval_episodes: int = 100  # held-out episodes in an evaluation
-    checkpoint_every: int = 800_000  # agent-steps between checkpoints
+    checkpoint_every: int = 400_000  # agent-steps between checkpoints
 
     env_id: str = "Swarm"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
@@ -76,7 +76,7 @@ class Args:
     hops: int = 1  # rounds of messages in gnn and attention
     init_logstd: float = -2.0  # log of the standard deviation at the start, before the squashing
 
-    total_timesteps: int = 8_000_000  # agent-steps to train for
+    total_timesteps: int = 4_000_000  # agent-steps to train for
     learning_rate: float = 1e-3  # the step size of Adam
     num_steps: int = 64  # steps of each environment in a rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
@@ -93,12 +93,16 @@ class Args:
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
     def __post_init__(self):
-        at_least_1 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_dim", "hops")
+        at_least_1 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hops")
         limits = dict.fromkeys((*at_least_1, "eval_every", "eval_episodes", "checkpoint_every"), (1, math.inf))
         limits |= dict.fromkeys(("gamma", "gae_lambda"), (0, 1))
-        limits |= dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm"), (1e-12, 1e12))
+        limits |= dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl"), (1e-12, 1e12))
+        limits |= dict.fromkeys(("ent_coef", "vf_coef"), (0, 1e12))
+        limits |= {"hidden_dim": (2, math.inf), "init_logstd": (-20, 5), "seed": (0, 2**32 - 1)}
+        if "n_agents" in self.env_kwargs:
+            raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
         for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
         if self.num_steps * self.num_envs % self.num_minibatches:
             swarms = self.num_steps * self.num_envs
@@ -270,7 +274,10 @@ def average(tensor, world_size):
 
 
 def save(content, path):
-    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new."""
+    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new.
+
+    Where that fails, say on a full disk, it says so and returns False; the training need not end for it.
+    """
     data, temporary = io.BytesIO(), Path(f"{path}.tmp")
     torch.save(content, data)
     try:
@@ -279,19 +286,22 @@ def save(content, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+        return True
+    except OSError as error:
+        tqdm.write(f"not saved, {path}: {error}")
         temporary.unlink(missing_ok=True)
-        raise
+        return False
 
 
 def load(path):
     """weights_only: a file from a stranger holds tensors and plain values, and cannot run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: content[name] for name in ("args", "model")} | content
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or not a file of this script: {error}") from error
+        raise ValueError(f"{path} is damaged, or not a file of this script: {error!r}") from error
 
 
 def lock(folder):
@@ -308,25 +318,27 @@ def find_unfinished(args, world_size):
     for path in sorted(Path("runs").glob(f"{args.env_id}__{args.exp_name}__*/checkpoint.pt")):
         try:
             checkpoint = load(path)
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             print(f"not resumed, and left where it is: {error}")
             continue
-        if checkpoint["args"] != asdict(args) or len(checkpoint["ranks"]) != world_size:
+        if checkpoint["args"] != asdict(args) or len(checkpoint.get("ranks", ())) != world_size:
             print(f"left alone, an unfinished run of other arguments: {path.parent}")
-        elif not lock(path.parent):
-            print(f"left alone, a run that is still going on: {path.parent}")
+        elif not lock(path.parent) or not path.exists():
+            print(f"left alone, a run that another process has in hand: {path.parent}")
         else:
-            return path.parent, checkpoint
+            return path.parent, load(path)
     return None, None
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))
     if args.evaluate:  # the saved arguments are the defaults: the same network and world but for what is given
-        args = tyro.cli(Args, default=Args(**load(args.evaluate)["args"]), description=__doc__)
+        defaults = load(args.evaluate)["args"]
+        args = tyro.cli(Args, default=Args(**defaults | {"env_kwargs": {}}), description=__doc__.replace("\n", "\n "))
+        args.env_kwargs = defaults["env_kwargs"] | args.env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
-    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_deterministic_debug_mode("error" if args.torch_deterministic else "default")
 
     # Environments first: workers have to be forked before torch starts threads
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
@@ -341,9 +353,11 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    if args.evaluate or args.init_from:
-        agent.load_state_dict(load(args.evaluate or args.init_from)["model"])
+    if args.init_from:
+        agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
+        weights = load(args.evaluate)["model"]  # of the actor only: its own critics do not fit another number of agents
+        agent.load_state_dict({n: w for n, w in weights.items() if n.startswith("actor")}, strict=False)
         folder, policies = Path(args.evaluate).parent, {args.exp_name: agent.make_policy}
         print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: eval.png, eval.mp4")
@@ -383,12 +397,18 @@ if __name__ == "__main__":
             import wandb
 
             wandb.init(project=args.wandb_project_name, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-        writer = SummaryWriter(run_dir, purge_step=global_step)
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # drops what was logged after the checkpoint
         if not checkpoint:
             rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(args).items())
             writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
 
+    def record(caption, path):
+        frames = evaluate(agent.make_policy, args.env_id, 1, VALIDATION_SEED, True, **env_kwargs)[2]
+        write_video({caption: frames}, path)
+
+    if args.capture_video and rank == 0 and not checkpoint:
+        record("step 0", f"{run_dir}/0.mp4")
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -490,7 +510,7 @@ if __name__ == "__main__":
             loss_names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
             scalars = {f"losses/{name}": x for name, x in zip(loss_names, losses / max(num_updates, 1), strict=True)}
             scalars["losses/explained_variance"] = 1 - (returns - values).var() / returns.var()
-            scalars["losses/std"] = agent.actor_logstd.exp().mean()
+            scalars["losses/std"] = agent.actor_logstd.detach().exp().mean()
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/SPS"] = (global_step - first_step) / (now - start_time)  # agent-steps, all costs included
             scalars["charts/rollout_seconds"] = update_start - rollout_start
@@ -511,12 +531,11 @@ if __name__ == "__main__":
             for name, value in stats.items():
                 writer.add_scalar(f"eval/{name}", value.mean(), global_step)
             score, best = float(stats["r"].mean()), ""
-            if score > best_score:
+            model = {"args": asdict(args), "model": agent.state_dict()}
+            if score > best_score and save(model, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
-                save({"args": asdict(args), "model": agent.state_dict()}, run_dir / "model.pt")
                 if args.capture_video:
-                    _, _, frames = evaluate(agent.make_policy, args.env_id, 1, VALIDATION_SEED, True, **env_kwargs)
-                    write_video({f"step {global_step:,}": frames}, f"{run_dir}/{global_step}.mp4")
+                    record(f"step {global_step:,}", f"{run_dir}/{global_step}.mp4")
             tqdm.write(f"step {global_step:,}: held-out return {score:.2f} +- {stats['r'].std():.2f}{best}")
 
         # Checkpoint
@@ -529,11 +548,9 @@ if __name__ == "__main__":
                 dist.all_gather_object(ranks, mine)
             checkpoint = {"args": asdict(args), "iteration": iteration, "best_score": best_score, "ranks": ranks}
             checkpoint |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            try:
-                if rank == 0:
-                    save(checkpoint, run_dir / "checkpoint.pt")
-            except OSError as error:
-                tqdm.write(f"training goes on without a checkpoint at step {global_step:,}: {error}")
+            if rank == 0:
+                writer.flush()  # first, so that the curves reach at least as far as the checkpoint
+                save(checkpoint, run_dir / "checkpoint.pt")
 
     envs.close()
     progress.close()

@@ -1241,7 +1241,7 @@ def test_loading_a_hostile_file_runs_no_code_and_names_it(tmp_path, legacy):
             def __reduce__(self):
                 return (open, (str(created), "w"))
 
-        path.write_bytes(pickle.dumps(Bomb()))
+        path.write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(ValueError, match=re.escape(str(path))):
         ppo_swarm.load(path)
     assert not created.exists()

@@ -110,7 +110,7 @@ class Reference:
             yield i, np.array(others, int), distances[others]
 
     def observe(self):
-        """Observations (n_agents, 5 * n_neighbors + 5) and neighbours (n_agents, n_neighbors)."""
+        """Observations (n_agents, 5 * n_neighbors + 9) and neighbours (n_agents, n_neighbors)."""
         observations, neighbors = [], []
         ways, obstacle_ways = self.ways_to(self.position), self.ways_to(self.obstacle)
         for i, others, _ in self.others_seen():
@@ -121,6 +121,12 @@ class Reference:
                 features += [math.cos(relative), math.sin(relative), 1]
             features += [0] * (5 * self.n_neighbors - len(features))
             features += [self.turn[i] / self.max_turn, len(others) / (len(others) + self.n_neighbors)]
+            if len(others) > 0:
+                relative = self.heading[others] - self.heading[i]
+                features += [*np.divide(self.own_frame(i, ways[i, others].mean(axis=0)), self.radius)]
+                features += [np.cos(relative).mean(), np.sin(relative).mean()]
+            else:
+                features += [0, 0, 0, 0]
             distances, reach = np.hypot(*obstacle_ways[i].T), self.radius + OBSTACLE_RADIUS
             self.decide(distances - reach, np.diff(np.sort(distances)))
             if np.any(distances <= reach):
@@ -294,8 +300,12 @@ def test_two_agents_by_hand():
     observations, infos = vector.reset(seed=0, options=start)
     # The first looks along x and has the second 0.6 ahead and 0.3 to its left; the second looks along y.
     crowding, no_obstacle = 0.5, [0, 0, 0]
-    np.testing.assert_allclose(observations[0, 0], [0.4, 0.2, 0, 1, 1, 0, crowding, *no_obstacle], atol=1e-7)
-    np.testing.assert_allclose(observations[0, 1], [-0.2, 0.4, 0, -1, 1, 0, crowding, *no_obstacle], atol=1e-7)
+    np.testing.assert_allclose(
+        observations[0, 0], [0.4, 0.2, 0, 1, 1, 0, crowding, 0.4, 0.2, 0, 1, *no_obstacle], atol=1e-7
+    )
+    np.testing.assert_allclose(
+        observations[0, 1], [-0.2, 0.4, 0, -1, 1, 0, crowding, -0.2, 0.4, 0, -1, *no_obstacle], atol=1e-7
+    )
     np.testing.assert_array_equal(infos["neighbors"], [[[1], [0]]])
     # A quarter turn to the left each, then 0.2 straight ahead: one goes up, the other back along x.
     vector.step(np.full((1, 2, 1), math.pi / 2))
@@ -385,7 +395,7 @@ def test_count_self_gives_a_lone_agent_cohesion_and_nothing_else():
         assert infos["episode"]["cohesion"][0] == pytest.approx(cohesion, abs=1e-12)
         assert infos["episode"]["collisions"][0] == 0
         own_turn = [0.5 / math.pi]  # all else is zero: no neighbours, no crowding, no obstacle
-        np.testing.assert_allclose(infos["final_obs"][0, 0], [0] * 30 + own_turn + [0] * 4, atol=1e-7)
+        np.testing.assert_allclose(infos["final_obs"][0, 0], [0] * 30 + own_turn + [0] * 8, atol=1e-7)
         assert not observations.any()
 
 
@@ -479,7 +489,9 @@ def test_a_mirrored_world_with_mirrored_actions_is_mirrored(seed):
     mirrored = {name: start[name] * (1, -1) % 8.0 for name in ("position", "obstacle")}
     mirrored["heading"] = -start["heading"]
     observations, neighbors, rewards = rollout(start, actions, **WORLD)
-    sign = np.concatenate([np.tile([1, -1, 1, -1, 1], 6), [-1, 1, 1, -1, 1]])  # left, sin and turn change sign
+    sign = np.concatenate(
+        [np.tile([1, -1, 1, -1, 1], 6), [-1, 1, 1, -1, 1, -1, 1, -1, 1]]
+    )  # left, sin and turn change sign
     assert_same_rollout((observations * sign, neighbors, rewards), rollout(mirrored, -actions, **WORLD))
 
 
@@ -593,7 +605,7 @@ def test_noise_is_uniform_and_as_wide_as_it_says(noise):
         before = headings(vector)
         observations, _, _, _, _ = vector.step(np.zeros(vector.action_space.shape))
         turns.append((headings(vector) - before + math.pi) % (2 * math.pi) - math.pi)
-        assert not observations[..., -5].any()  # the last turn that is seen is the commanded one
+        assert not observations[..., -9].any()  # the last turn that is seen is the commanded one
     turns = np.array(turns)  # (10, 20, 50)
     assert np.abs(turns).max() <= noise / 2 + 1e-12
     assert from_uniform(np.clip(turns, -noise / 2, noise / 2), -noise / 2, noise / 2) < 1
@@ -642,7 +654,7 @@ def test_the_step_that_ends_an_episode_returns_its_last_observation_and_the_next
     first_observations, first_infos = fresh.reset()
     assert same(observations, first_observations)
     assert same(infos["neighbors"], first_infos["neighbors"])
-    assert not observations[..., -5].any()  # nobody has turned yet
+    assert not observations[..., -9].any()  # nobody has turned yet
     assert same(play(vector, actions[5:]), play(fresh, actions[5:]))
 
 
@@ -703,7 +715,7 @@ def test_infos_hold_what_the_contract_names_with_its_shapes_and_types():
     assert set(reset_infos) == set(going_on) == {"neighbors"}
     assert set(ended) == {"neighbors", "final_obs", "_final_obs", "final_info", "_final_info", "episode", "_episode"}
     assert ended["neighbors"].shape == ended["final_info"]["neighbors"].shape == (3, 7, 4)
-    assert ended["final_obs"].shape == shape == (3, 7, 25) and ended["final_obs"].dtype == np.float32
+    assert ended["final_obs"].shape == shape == (3, 7, 29) and ended["final_obs"].dtype == np.float32
     metrics = {"r", "l", "polar_order", "cohesion", "collisions", *(f"reward_{term}" for term in TERMS)}
     assert set(ended["episode"]) == metrics
     assert all(values.shape == (3,) for values in ended["episode"].values())
@@ -896,7 +908,7 @@ def test_a_refused_state_leaves_the_old_one_whole():
 
 def test_spaces_have_the_shapes_types_and_bounds_of_the_contract():
     vector = make(4, n_agents=7, n_neighbors=3, max_turn=0.5)
-    assert vector.single_observation_space.shape == (7, 20) and vector.observation_space.shape == (4, 7, 20)
+    assert vector.single_observation_space.shape == (7, 24) and vector.observation_space.shape == (4, 7, 24)
     assert vector.single_action_space.shape == (7, 1) and vector.action_space.shape == (4, 7, 1)
     assert (vector.action_space.low == -0.5).all() and (vector.action_space.high == 0.5).all()
     assert vector.observation_space.dtype == vector.action_space.dtype == np.float32
@@ -918,9 +930,9 @@ def test_observations_of_random_runs_lie_in_the_space_and_reach_its_bounds(n_age
     vector = make(8, n_agents=n_agents, box_size=12.0, n_obstacles=20, max_steps=20, noise=0.3)
     observations = [vector.reset(seed=0)[0], *(step[0] for step in play(vector, random_actions(vector, 60, reach=4)))]
     assert all(vector.observation_space.contains(each) for each in observations)
-    own = np.array(observations)[..., -5:]
+    own = np.array(observations)[..., -9:]
     assert own[..., 0].min() == -1 and own[..., 0].max() == 1  # actions of 4 are turns of max_turn
-    assert own[..., 2:4].min() < -0.9 and own[..., 2:4].max() > 0.9  # obstacles are seen all round
+    assert own[..., 6:8].min() < -0.9 and own[..., 6:8].max() > 0.9  # obstacles are seen all round
 
 
 def test_max_turn_in_float32_is_inside_the_observation_space():
