@@ -7,6 +7,7 @@ In order, each section complete in itself:
     Swarm           flocking in a periodic box: constants, state, kernels, class
     Baselines       the Vicsek model and random actions, as policies
     Evaluation      held-out episodes, the comparison table, plot and side-by-side video
+    Runs            files that survive a crash, and finding the unfinished run to go on with
     Vectorizer      any environment on a pool of forked workers, batches in shared memory
 
 Units: lengths in the environment's own unit, angles in radians, time in steps of `dt`. Arrays are C-contiguous;
@@ -14,6 +15,8 @@ Units: lengths in the environment's own unit, angles in radians, time in steps o
 """
 
 import contextlib
+import inspect
+import io
 import itertools
 import math
 import mmap
@@ -29,6 +32,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.util import Finalize
 from operator import methodcaller
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -36,6 +40,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numba import njit
+
+kernel = njit(cache=True, error_model="numpy")  # "numpy": dividing by zero gives infinity, and needs no branch
+# For functions that take a whole state: passing such tuples of arrays costs more than stepping ten agents.
+inlined = njit(cache=True, error_model="numpy", inline="always")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contract
@@ -66,6 +74,10 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
         num_workers = _integer("num_workers", num_workers, 0, num_envs)
     native = isinstance(env_id, str) and env_id in NATIVE_ENVS
     make_slice = NATIVE_ENVS[env_id] if native else partial(GymnasiumVectorEnv, env_id)
+    if native:
+        known = [name for name in inspect.signature(make_slice).parameters if name not in ("num_envs", "first_env")]
+        for name in set(env_kwargs) - set(known):
+            raise ValueError(f"{name} is {env_kwargs[name]!r}: {env_id} has no such argument, but {', '.join(known)}")
     make_slice = partial(make_slice, render_mode=render_mode, **env_kwargs)
     if render_mode == "human" and num_workers:
         raise ValueError(f"num_workers is {num_workers}: a window (render_mode 'human') needs 0")
@@ -261,21 +273,21 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _mix(z):
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _seed_rng(rng, seed, first_env):
     for env in range(rng.shape[0]):
         rng[env, 0] = np.int64(_mix(_mix(seed + GOLDEN) + (first_env + np.uint64(env)) * GOLDEN))
         rng[env, 1] = 0
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _uniform(rng, env, low, high):
     """The environment's next number, uniform in [low, high)."""
     rng[env, 1] += 1
@@ -345,24 +357,24 @@ class SwarmOutputs(NamedTuple):
     stats: np.ndarray  # (num_envs, len(stat_names))
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _offset(delta, box_size):
     """The shortest way round a periodic box (the minimum image)."""
     return delta - box_size * np.rint(delta / box_size)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _wrap(x, box_size):
     x -= np.floor(x / box_size) * box_size
     return x if x < box_size else 0.0  # a tiny negative x rounds up to box_size
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _cell(x, cells, box_size):
     return min(max(int(x * (cells / box_size)), 0), cells - 1)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _around(a, cells):
     """The row or column that a stands for: one outside the grid is the first or last on the other side."""
     if a < 0:
@@ -370,7 +382,7 @@ def _around(a, cells):
     return a if a < cells else 0
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _sort_into_cells(points, cells, box_size, order, start):
     """Counting sort of points (n, 2) by grid cell: cell c holds order[start[c] : start[c + 1]]."""
     start[:] = 0
@@ -384,7 +396,7 @@ def _sort_into_cells(points, cells, box_size, order, start):
         order[start[c]] = i
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start):
     """Distance and offset to the nearest obstacle's centre; infinity if none is within `reach`."""
     nearest, nearest_dx, nearest_dy = reach * reach, math.inf, math.inf
@@ -401,7 +413,7 @@ def _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start):
     return math.hypot(nearest_dx, nearest_dy), nearest_dx, nearest_dy
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _swarm_reset(env, draw_obstacles, params, state):
     """A new episode: obstacles, positions and headings uniformly at random, no agent inside an obstacle."""
     position, direction, obstacle, rng = state.position[env], state.direction[env], state.obstacle[env], state.rng
@@ -427,7 +439,7 @@ def _swarm_reset(env, draw_obstacles, params, state):
     state.totals[env] = 0.0
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@inlined
 def _swarm_move(env, actions, params, state, scratch):
     """Turn, then go straight for `dt`; an agent that ends inside an obstacle is put back on its edge."""
     position, direction, obstacle, terms = state.position[env], state.direction[env], state.obstacle[env], scratch.terms
@@ -458,7 +470,7 @@ def _swarm_move(env, actions, params, state, scratch):
         position[i, 0], position[i, 1] = x, y
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@inlined
 def _swarm_observe(env, params, state, scratch, outputs):
     """What every agent sees, its neighbours' indices, and the reward terms that depend on neighbours."""
     position, direction, obstacle = state.position[env], state.direction[env], state.obstacle[env]
@@ -550,13 +562,13 @@ def _swarm_observe(env, params, state, scratch, outputs):
                 observations[i, own + 8] = 1.0
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _closeness(distance, radius):
     """The published cohesion of one neighbour: a bell around a tenth of the radius."""
     return math.exp(-((distance - 0.1 * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@inlined
 def _swarm_reward(env, params, state, scratch, outputs):
     pose, order, terms, rewards = scratch.pose, scratch.order, scratch.terms, outputs.rewards
     weights, totals, n_agents = params.weights, state.totals, scratch.pose.shape[0]
@@ -585,7 +597,7 @@ def _swarm_reward(env, params, state, scratch, outputs):
     totals[env, 4] += collisions / n_agents
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _swarm_step(actions, params, state, scratch, outputs):
     for env in range(actions.shape[0]):
         _swarm_move(env, actions, params, state, scratch)
@@ -620,9 +632,9 @@ class Swarm(NativeVectorEnv):
     and the nearest obstacle's centre forward and left (in radius + OBSTACLE_RADIUS) with its presence.
     `infos["neighbors"]` (num_envs, n_agents, n_neighbors): who those neighbours are, the agent itself where absent.
 
-    Reward of an agent, the weighted sum of these terms, each a mean over the others within `radius` (0 if none) or its
-    own; the default weights are the published ones (count_self=True counts the agent in its own cohesion, at distance
-    0, as the published reward did):
+    Reward of an agent, the weighted sum of these terms, each a mean over the others within `radius` (separation a sum;
+    0 if none) or the agent's own; the default weights are the published ones (count_self=True counts the agent in its
+    own cohesion, at distance 0, as the published reward did):
 
         alignment     cos of the relative heading
         cohesion      exp(-(d - 0.1 radius)^2 / (2 (0.2 radius)^2)) for a neighbour at distance d
@@ -823,7 +835,7 @@ def baselines(env_id, **env_kwargs):
     """What a trained policy is measured against: {name: (make_policy, env_kwargs)}."""
     if env_id != "Swarm":
         return {"random": (random_policy, env_kwargs)}
-    # Vicsek averages over everybody within the radius; seeing more neighbours changes nothing in the physics.
+    # Vicsek averages over all within the radius, here its 40 nearest; what is seen changes nothing in the physics.
     see_all = env_kwargs | {"n_neighbors": max(1, min(env_kwargs.get("n_agents", 10) - 1, 40))}
     return {"vicsek": (vicsek_policy, see_all), "random": (random_policy, env_kwargs)}
 
@@ -872,7 +884,10 @@ def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
     entries |= baselines(env_id, **env_kwargs)
     results = {name: evaluate(make, env_id, num_episodes, seed, **kwargs) for name, (make, kwargs) in entries.items()}
     scores = {name: float((stats["r"] / stats["l"]).mean()) for name, (stats, _, _) in results.items()}
-    metrics = [name for name in next(iter(results.values()))[0] if name not in ("r", "l")]
+    names = next(iter(results.values()))[0]
+    metrics = [
+        name for name in names if name not in ("r", "l") and any(stats[name].any() for stats, _, _ in results.values())
+    ]
     lines = [f"| policy | reward per step | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
     for name, (stats, _, _) in results.items():
         columns = [stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
@@ -901,6 +916,12 @@ def _plot_rewards(curves, path):
     figure.savefig(path, dpi=120)
 
 
+def record(make_policy, env_id, seed, path, **env_kwargs):
+    """A video of one episode."""
+    frames = evaluate(make_policy, env_id, 1, seed, record=True, **env_kwargs)[2]
+    write_video({path.stem: frames}, str(path))
+
+
 def write_video(videos, path, fps=25):
     """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended."""
     import pygame
@@ -925,6 +946,80 @@ def write_video(videos, path, fps=25):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------------
+# The files of a training run, the same for every script. torch is imported where it is needed, so that environments and
+# their workers do without it.
+
+
+def save(content, path):
+    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new.
+
+    Where that fails, say on a full disk, it says so and returns False; the training need not end for it.
+    """
+    import torch
+
+    data, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    torch.save(content, data)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return True
+    except OSError as error:
+        print(f"\nnot saved, {path}: {error}")
+        temporary.unlink(missing_ok=True)
+        return False
+
+
+def load(path):
+    """weights_only: a file from a stranger holds tensors and plain values, and cannot run code."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: content[name] for name in ("args", "model")} | content
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not a file of these scripts: {error!r}") from error
+
+
+def lock(folder):
+    """One process at a time in a run's folder; the lock goes when the process ends, however it ends."""
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def open_run(args, world_size):
+    """The folder, locked, and checkpoint of an unfinished run of exactly these arguments; or a new folder and None."""
+    name = f"{args['env_id']}__{args['exp_name']}__"
+    for path in sorted(Path("runs").glob(f"{name}*/checkpoint.pt")):
+        try:
+            checkpoint = load(path)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"not resumed, and left where it is: {error}")
+            continue
+        if checkpoint["args"] != args or len(checkpoint.get("ranks", ())) != world_size:
+            print(f"left alone, an unfinished run of other arguments: {path.parent}")
+        elif not lock(path.parent) or not path.exists():
+            print(f"left alone, a run that another process has in hand: {path.parent}")
+        else:
+            return path.parent, load(path)
+    folder = Path("runs") / f"{name}{args['seed']}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    lock(folder)
+    return folder, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Vectorizer
 # ----------------------------------------------------------------------------------------------------------------------
 # One contiguous slice of the environments per forked worker; actions, observations, rewards and flags lie in memory
@@ -945,8 +1040,8 @@ READY, STEP, CALL, STOP = range(4)  # orders to the workers
 class GymnasiumVectorEnv(gym.vector.VectorEnv):
     """`gymnasium.make` environments, stepped one after the other, behind the interface of NativeVectorEnv.
 
-    Observations in floating point come as float32, integers as they are. Every environment is seeded by itself, from
-    the seed given to `reset` and its index in the whole batch.
+    Observations in floating point come as float32, integers as they are; infos of their own are dropped. Every
+    environment is seeded by itself, from the seed given to `reset` and its index in the whole batch.
     """
 
     info_names = ()

@@ -17,8 +17,6 @@ number of agents. How it departs from CleanRL's ppo_continuous_action.py:
 4. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
 """
 
-import fcntl
-import io
 import math
 import os
 import signal
@@ -39,7 +37,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import NEIGHBOR_FEATURES, compare, evaluate, make_vec, write_video
+from envs import NEIGHBOR_FEATURES, compare, evaluate, load, make_vec, open_run, record, save
 
 VALIDATION_SEED, TEST_SEED = 2**62, 2**62 + 1  # held out: the seeds of training stay below
 
@@ -54,7 +52,7 @@ class Args:
     wandb_project_name: str = "cleanswarm"  # the project there
     capture_video: bool = False  # also record a video at the start and at every new best
     evaluate: str | None = None  # do not train, only compare this saved model with the baselines
-    init_from: str | None = None  # start from the weights of this saved model
+    init_from: str | None = None  # start from the weights of this saved model, of the same network
     eval_every: int = 400_000  # agent-steps between evaluations
     eval_episodes: int = 100  # held-out episodes in an evaluation
     checkpoint_every: int = 400_000  # agent-steps between checkpoints
@@ -66,10 +64,8 @@ class Args:
     num_envs: int = 32  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
-    # the network of actor and critic; gnn and attention pass messages between neighbours
-    policy: Literal["mlp", "gnn", "attention"] = "mlp"
-    # local sees what its agent sees (IPPO), central also the mean over the swarm (MAPPO)
-    critic: Literal["local", "central"] = "local"
+    policy: Literal["mlp", "gnn", "attention"] = "mlp"  # actor and critic; gnn and attention pass messages
+    critic: Literal["local", "central"] = "local"  # local is IPPO, central also sees the mean over the swarm (MAPPO)
     share_policy: bool = True  # one policy for all agents, or each its own
     share_critic: bool = True  # one critic for all agents, or each its own
     hidden_dim: int = 64  # width of the layers
@@ -93,22 +89,23 @@ class Args:
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
     def __post_init__(self):
-        at_least_1 = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hops")
-        limits = dict.fromkeys((*at_least_1, "eval_every", "eval_episodes", "checkpoint_every"), (1, math.inf))
-        limits |= dict.fromkeys(("gamma", "gae_lambda"), (0, 1))
-        limits |= dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl"), (1e-12, 1e12))
-        limits |= dict.fromkeys(("ent_coef", "vf_coef"), (0, 1e12))
-        limits |= {"hidden_dim": (2, math.inf), "init_logstd": (-20, 5), "seed": (0, 2**32 - 1)}
-        if "n_agents" in self.env_kwargs:
-            raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
-        for name, (low, high) in limits.items():
+        limits = {
+            "num_envs num_steps num_minibatches update_epochs hops": (1, math.inf),
+            "eval_every eval_episodes checkpoint_every": (1, math.inf),
+            "hidden_dim": (2, math.inf),
+            "learning_rate clip_coef max_grad_norm target_kl": (1e-12, 1e12),
+            "ent_coef vf_coef": (0, 1e12),
+            "gamma gae_lambda": (0, 1),
+            "init_logstd": (-20, 5),
+            "seed": (0, 2**32 - 1),
+        }
+        for name, (low, high) in ((name, limit) for names, limit in limits.items() for name in names.split()):
             if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
         if self.num_steps * self.num_envs % self.num_minibatches:
-            swarms = self.num_steps * self.num_envs
-            raise ValueError(
-                f"num_minibatches is {self.num_minibatches}: it must divide {swarms}, num_steps * num_envs"
-            )
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
+        if "n_agents" in self.env_kwargs:
+            raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -220,7 +217,8 @@ class SquashedNormal:
         self.mean, self.logstd, self.scale, self.bias = mean, logstd, scale, bias
 
     def sample(self):
-        return self.mean + self.logstd.exp() * torch.randn_like(self.mean)
+        noise = torch.randn(self.mean.shape).to(self.mean.device)  # from the CPU's generator on every device
+        return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
         return self.scale * torch.tanh(u) + self.bias
@@ -273,68 +271,12 @@ def average(tensor, world_size):
     return tensor
 
 
-def save(content, path):
-    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new.
-
-    Where that fails, say on a full disk, it says so and returns False; the training need not end for it.
-    """
-    data, temporary = io.BytesIO(), Path(f"{path}.tmp")
-    torch.save(content, data)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return True
-    except OSError as error:
-        tqdm.write(f"not saved, {path}: {error}")
-        temporary.unlink(missing_ok=True)
-        return False
-
-
-def load(path):
-    """weights_only: a file from a stranger holds tensors and plain values, and cannot run code."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: content[name] for name in ("args", "model")} | content
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is damaged, or not a file of this script: {error!r}") from error
-
-
-def lock(folder):
-    """One process at a time in a run's folder; the lock goes when the process ends, however it ends."""
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def find_unfinished(args, world_size):
-    """The folder, locked, and the checkpoint of an unfinished run of exactly these arguments, or (None, None)."""
-    for path in sorted(Path("runs").glob(f"{args.env_id}__{args.exp_name}__*/checkpoint.pt")):
-        try:
-            checkpoint = load(path)
-        except (FileNotFoundError, ValueError) as error:
-            print(f"not resumed, and left where it is: {error}")
-            continue
-        if checkpoint["args"] != asdict(args) or len(checkpoint.get("ranks", ())) != world_size:
-            print(f"left alone, an unfinished run of other arguments: {path.parent}")
-        elif not lock(path.parent) or not path.exists():
-            print(f"left alone, a run that another process has in hand: {path.parent}")
-        else:
-            return path.parent, load(path)
-    return None, None
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))
     if args.evaluate:  # the saved arguments are the defaults: the same network and world but for what is given
         defaults = load(args.evaluate)["args"]
-        args = tyro.cli(Args, default=Args(**defaults | {"env_kwargs": {}}), description=__doc__.replace("\n", "\n "))
+        default = Args(**defaults | {"env_kwargs": {}, "cuda": args.cuda})
+        args = tyro.cli(Args, default=default)
         args.env_kwargs = defaults["env_kwargs"] | args.env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
@@ -343,8 +285,12 @@ if __name__ == "__main__":
     # Environments first: workers have to be forked before torch starts threads
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
     envs = make_vec(args.env_id, args.num_envs, args.num_workers, **env_kwargs)
-    rank_seed = args.seed + (rank << 32)
-    next_obs, next_neighbors = to_tensors(*envs.reset(seed=rank_seed), device)
+    if len(envs.single_observation_space.shape) != 2:
+        raise ValueError(f"env_id is {args.env_id!r}: it must be a multi-agent environment of envs.py")
+    observations, infos = envs.reset(seed=args.seed + (rank << 32))
+    if args.cuda:
+        torch.cuda.set_device(device)
+    next_obs, next_neighbors = to_tensors(observations, infos, device)
     if args.policy != "mlp" and not next_neighbors.shape[-1]:
         raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")
     if world_size > 1:
@@ -352,13 +298,16 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
+    policies = {args.exp_name: agent.make_policy}
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        weights = load(args.evaluate)["model"]  # of the actor only: its own critics do not fit another number of agents
-        agent.load_state_dict({n: w for n, w in weights.items() if n.startswith("actor")}, strict=False)
-        folder, policies = Path(args.evaluate).parent, {args.exp_name: agent.make_policy}
+        saved, new = load(args.evaluate)["model"], agent.state_dict()
+        saved = {name: weight for name, weight in saved.items() if not name.startswith("critic")}
+        agent.load_state_dict({name: new[name] for name in new if name.startswith("critic")} | saved)
+        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder.mkdir()
         print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: eval.png, eval.mp4")
         raise SystemExit
@@ -370,25 +319,18 @@ if __name__ == "__main__":
         raise ValueError(f"total_timesteps is {args.total_timesteps}: one rollout already has {steps_per_iteration}")
 
     # The run's folder, a new one or an unfinished run's
-    run_dir, checkpoint = find_unfinished(args, world_size) if rank == 0 else (None, None)
-    if rank == 0 and run_dir is None:
-        run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        run_dir = Path("runs") / run_name
-        run_dir.mkdir(parents=True)
-        lock(run_dir)
+    run = [*open_run(asdict(args), world_size)] if rank == 0 else [None, None]
     if world_size > 1:
-        run = [run_dir, checkpoint]
         dist.broadcast_object_list(run)
-        run_dir, checkpoint = run
+    run_dir, checkpoint = run
     iteration, best_score = 0, -math.inf
-    torch.manual_seed(rank_seed)  # all ranks begin with the same weights, and go on with draws of their own
+    # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
+    torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if checkpoint:
         iteration, best_score, mine = checkpoint["iteration"], checkpoint["best_score"], checkpoint["ranks"][rank]
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(mine["torch"])
-        if args.cuda:
-            torch.cuda.set_rng_state(mine["cuda"], device)
+        torch.set_rng_state(mine["rng"])
         state = {name: array.numpy() for name, array in mine["envs"].items()}
         next_obs, next_neighbors = to_tensors(*envs.set_state(state), device)
     global_step = first_step = iteration * steps_per_iteration  # agent-steps
@@ -396,19 +338,15 @@ if __name__ == "__main__":
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+            run_id = dict(id=run_dir.name, name=run_dir.name, resume="allow")
+            wandb.init(project=args.wandb_project_name, config=asdict(args), sync_tensorboard=True, **run_id)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # drops what was logged after the checkpoint
         if not checkpoint:
             rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(args).items())
             writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
-
-    def record(caption, path):
-        frames = evaluate(agent.make_policy, args.env_id, 1, VALIDATION_SEED, True, **env_kwargs)[2]
-        write_video({caption: frames}, path)
-
-    if args.capture_video and rank == 0 and not checkpoint:
-        record("step 0", f"{run_dir}/0.mp4")
+        if args.capture_video and not checkpoint:
+            record(agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -422,7 +360,8 @@ if __name__ == "__main__":
     dones = torch.zeros(shape[:2], device=device)
 
     stopping, finished, start_time = False, iteration == num_iterations, time.time()
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit_scale=True, disable=rank > 0)
+    total = num_iterations * steps_per_iteration
+    progress = tqdm(total=total, initial=global_step, unit_scale=True, disable=rank > 0)
     while not finished and not stopping:
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -443,7 +382,7 @@ if __name__ == "__main__":
             rewards[step] = torch.as_tensor(reward)
             dones[step] = torch.as_tensor(terminations | truncations)
             final_values[step] = 0
-            cut_off = torch.as_tensor(truncations & ~terminations, device=device)
+            cut_off = truncations & ~terminations  # (num_envs,)
             if cut_off.any():
                 with torch.no_grad():
                     final_value = agent.get_value(*to_tensors(infos["final_obs"], infos["final_info"], device))
@@ -463,7 +402,7 @@ if __name__ == "__main__":
         minibatches = (
             mb_inds
             for _ in range(args.update_epochs)
-            for mb_inds in torch.randperm(batch_size, device=device).chunk(args.num_minibatches)
+            for mb_inds in torch.randperm(batch_size).to(device).chunk(args.num_minibatches)
         )
         losses, num_updates = torch.zeros(6, device=device), 0
         for mb_inds in minibatches:
@@ -476,7 +415,6 @@ if __name__ == "__main__":
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
             if args.target_kl is not None and average(approx_kl, world_size) > args.target_kl:
                 break
-
             mb_advantages = b_advantages[mb_inds]
             if args.norm_adv:
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
@@ -495,7 +433,6 @@ if __name__ == "__main__":
             loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
             losses += torch.stack([v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]).detach()
             num_updates += 1
-
             optimizer.zero_grad()
             loss.backward()
             if world_size > 1:
@@ -531,18 +468,21 @@ if __name__ == "__main__":
             for name, value in stats.items():
                 writer.add_scalar(f"eval/{name}", value.mean(), global_step)
             score, best = float(stats["r"].mean()), ""
-            model = {"args": asdict(args), "model": agent.state_dict()}
-            if score > best_score and save(model, run_dir / "model.pt"):
+            content = {"args": asdict(args), "model": agent.state_dict()}
+            if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
                 if args.capture_video:
-                    record(f"step {global_step:,}", f"{run_dir}/{global_step}.mp4")
-            tqdm.write(f"step {global_step:,}: held-out return {score:.2f} +- {stats['r'].std():.2f}{best}")
+                    record(
+                        agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / f"{global_step}.mp4", **env_kwargs
+                    )
+            per_step = (stats["r"] / stats["l"]).mean()
+            tqdm.write(f"step {global_step:,}: held-out return {score:.2f}, {per_step:.3f} a step{best}")
 
         # Checkpoint
         stopping = average(torch.tensor(float(len(stop)), device=device), world_size) > 0  # on all ranks or none
         if global_step // args.checkpoint_every > last_step // args.checkpoint_every or finished or stopping:
-            mine = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if args.cuda else None}
-            mine["envs"] = {name: torch.from_numpy(array) for name, array in envs.get_state().items()}
+            state = {name: torch.from_numpy(array) for name, array in envs.get_state().items()}
+            mine = {"rng": torch.get_rng_state(), "envs": state}
             ranks = [mine] * world_size
             if world_size > 1:
                 dist.all_gather_object(ranks, mine)
@@ -552,13 +492,14 @@ if __name__ == "__main__":
                 writer.flush()  # first, so that the curves reach at least as far as the checkpoint
                 save(checkpoint, run_dir / "checkpoint.pt")
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved: what is left can be done again
     envs.close()
     progress.close()
     if rank == 0 and not finished:
         print(f"stopped at {global_step:,} of {args.total_timesteps:,}; the same command goes on from there: {run_dir}")
     elif rank == 0:
         agent.load_state_dict(load(run_dir / "model.pt")["model"])
-        policies = {args.exp_name: agent.make_policy}
         scores, table = compare(policies, args.env_id, args.eval_episodes, TEST_SEED, run_dir, **env_kwargs)
         print(f"\nThe best policy on {args.eval_episodes} other held-out episodes:\n\n{table}\n")
         for name, score in scores.items():

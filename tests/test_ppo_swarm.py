@@ -1181,9 +1181,10 @@ def test_evaluate_draws_and_prints_the_comparison_of_the_run_again(nursery, fini
     result = nursery.run_one(tmp_path, evaluate=model)
     assert result.code == 0, result.output
     assert table(result.output) == table(finished.output)
-    assert contents(model.parent) == ["eval.mp4", "eval.png", "model.pt"]
+    (drawn,) = model.parent.glob("evaluate-*")  # beside the model, but not over the plot and video of its training
+    assert contents(drawn) == ["eval.mp4", "eval.png"] and contents(model.parent) == [drawn.name, "model.pt"]
     assert not folders(tmp_path)
-    assert len(decoded(model.parent / "eval.mp4")) > 10
+    assert len(decoded(drawn / "eval.mp4")) > 10
 
 
 SIZES = [("gnn", "central", True), ("attention", "local", True), ("mlp", "local", False)]
@@ -1296,6 +1297,7 @@ def hashed(array):
 def step(self, *args, **kwargs):
     parameters = [parameter for group in self.param_groups for parameter in group["params"]]
     if not trace["weights"]:
+        trace["seed"] = torch.initial_seed() % 2**32  # all that torch's generator on the CPU reads of it
         trace["used"] = torch.cat([parameter.grad.flatten() for parameter in parameters])
     result = adam_step(self, *args, **kwargs)
     trace["weights"].append(hashed(torch.cat([p.detach().flatten() for p in parameters]).numpy()))
@@ -1362,6 +1364,11 @@ def test_torchrun_ranks_see_observations_of_their_own(ranks):
     first, second = (trace["observations"] for trace in ranks.traces)
     assert len(first) == len(second) == 12 * NUM_STEPS + 1
     assert not set(first) & set(second)
+
+
+def test_torchrun_ranks_draw_actions_and_minibatches_of_their_own(ranks):
+    first, second = (trace["seed"] for trace in ranks.traces)
+    assert first != second
 
 
 def test_torchrun_ranks_use_the_mean_of_their_gradients(ranks):

@@ -1,0 +1,35 @@
+"""What the README shows works as shown."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_training_loop_of_ones_own_learns(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "own.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        [sys.executable, "own.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    lengths = [float(length) for length in re.findall(r"mean length (\d+)", output)]
+    assert len(lengths) == 30
+    assert max(lengths[-5:]) > 5 * lengths[0]
+
+
+def test_the_files_that_the_readme_names_exist():
+    for name in re.findall(r"`([\w/]+\.(?:py|txt))`|(?<!`)\b(benchmarks/\w+\.py)\b", README):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_the_commands_that_the_readme_shows_have_only_arguments_that_exist():
+    sys.path.insert(0, str(ROOT))
+    from ppo_swarm import Args
+
+    flags = {flag.replace("-", "_") for flag in re.findall(r"ppo_swarm\.py[^\n]*?--([a-z-]+)", README)}
+    assert len(flags) >= 3 and flags <= set(Args.__dataclass_fields__)
