@@ -102,8 +102,10 @@ class Args:
         for name, (low, high) in ((name, limit) for names, limit in limits.items() for name in names.split()):
             if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
-        if self.num_steps * self.num_envs % self.num_minibatches:
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
+        if (swarms := self.num_steps * self.num_envs) % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches is {self.num_minibatches}: it must divide {swarms}, num_steps * num_envs"
+            )
         if "n_agents" in self.env_kwargs:
             raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
@@ -406,7 +408,8 @@ if __name__ == "__main__":
         )
         losses, num_updates = torch.zeros(6, device=device), 0
         for mb_inds in minibatches:
-            policy = agent.get_policy(b_obs[mb_inds], b_neighbors[mb_inds])
+            mb_obs, mb_neighbors = b_obs[mb_inds], b_neighbors[mb_inds]
+            policy = agent.get_policy(mb_obs, mb_neighbors)
             logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
             ratio = logratio.exp()  # (minibatch, n_agents)
             with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
@@ -422,7 +425,7 @@ if __name__ == "__main__":
             pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             pg_loss = torch.max(pg_loss1, pg_loss2).mean()
 
-            newvalue = agent.get_value(b_obs[mb_inds], b_neighbors[mb_inds])
+            newvalue = agent.get_value(mb_obs, mb_neighbors)
             v_loss = (newvalue - b_returns[mb_inds]) ** 2
             if args.clip_vloss:
                 v_clipped = b_values[mb_inds] + (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
@@ -430,7 +433,9 @@ if __name__ == "__main__":
             v_loss = 0.5 * v_loss.mean()
 
             entropy = policy.entropy().mean()
-            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+            loss = pg_loss + args.vf_coef * v_loss
+            if args.ent_coef > 0:  # at 0 the entropy is only logged, and its gradient not worth the time
+                loss = loss - args.ent_coef * entropy
             losses += torch.stack([v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]).detach()
             num_updates += 1
             optimizer.zero_grad()

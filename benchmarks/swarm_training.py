@@ -73,7 +73,7 @@ def torch_alone(policy, critic):
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} torch threads; agent-steps/s, medians of {ROUNDS} rounds\n")
     print("| policy | critic | ppo_swarm.py | torch alone | ratio (lowest to highest) |\n|---|---|---|---|---|")
-    for policy, critic in (("mlp", "local"), ("mlp", "central"), ("gnn", "local"), ("attention", "local")):
+    for policy, critic in (("mlp", "local"), ("mlp", "central"), ("gnn", "local")):
         pairs = [(script(policy, critic), torch_alone(policy, critic)) for _ in range(ROUNDS)]
         ours, bound = (statistics.median(side) for side in zip(*pairs, strict=True))
         ratios = sorted(ours / bound for ours, bound in pairs)

@@ -32,6 +32,7 @@ class Nothing(envs.NativeVectorEnv):
         super().__init__(num_envs, observation_space, action_space, render_mode, first_env)
 
     def reset(self, *, seed=None, options=None):
+        self.started = True
         return self.buffers["observations"], {}
 
     def advance(self, actions):
