@@ -502,7 +502,9 @@ def _swarm_observe(env, params, state, scratch, outputs):
                     seen[n_seen], offset[n_seen, 0], offset[n_seen, 1] = other, dx, dy
                     n_seen += (dx * dx + dy * dy <= limit) & (other != m)
 
-        kept = collisions = 0
+        collisions, kept = 0, min(n_seen, n_neighbors)
+        for k in range(n_neighbors):
+            nearest[k] = math.inf
         cohesion = sum_dx = sum_dy = sum_cos = sum_sin = 0.0
         for s in range(n_seen):
             other, dx, dy = seen[s], offset[s, 0], offset[s, 1]
@@ -511,15 +513,10 @@ def _swarm_observe(env, params, state, scratch, outputs):
             cohesion += _closeness(distance, radius)
             sum_dx, sum_dy = sum_dx + dx, sum_dy + dy
             sum_cos, sum_sin = sum_cos + pose[other, 2], sum_sin + pose[other, 3]
-            if kept < n_neighbors:
-                kept += 1
-            elif distance >= nearest[kept - 1]:
-                continue
-            k = kept - 1
-            while k > 0 and nearest[k - 1] > distance:  # insert it, nearest first
-                nearest[k], neighbors[i, k] = nearest[k - 1], neighbors[i, k - 1]
-                k -= 1
-            nearest[k], neighbors[i, k] = distance, other
+            for k in range(n_neighbors):  # insert it, nearest first, by selection: branches would mispredict
+                closer, last, last_other = distance < nearest[k], nearest[k], neighbors[i, k]
+                nearest[k], neighbors[i, k] = distance if closer else last, other if closer else last_other
+                distance, other = last if closer else distance, last_other if closer else other
 
         for feature in range(own + OWN_FEATURES):
             observations[i, feature] = 0.0

@@ -195,7 +195,7 @@ class Agent(nn.Module):
 
     def get_policy(self, obs, neighbors):
         mean = self.actor_mean(self.actor(obs, neighbors))
-        return SquashedNormal(mean, self.actor_logstd.expand_as(mean), self.action_scale, self.action_bias)
+        return SquashedNormal(mean, self.actor_logstd, self.action_scale, self.action_bias)
 
     def make_policy(self, envs):
         """The deterministic policy on arrays, as envs.py evaluates it."""
@@ -209,10 +209,9 @@ class Agent(nn.Module):
 
 
 class SquashedNormal:
-    """scale * tanh(u) + bias with u ~ Normal(mean, exp(logstd)), all (batch, n_agents, act_dim).
+    """scale * tanh(u) + bias with u ~ Normal(mean, exp(logstd)); mean and u are (batch, n_agents, act_dim).
 
-    Actions are kept as u, so that tanh never has to be inverted; log_prob and entropy are those of the squashed action,
-    with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which keeps its digits for large u.
+    Actions are kept as u, so that tanh never has to be inverted; log_prob and entropy are those of the squashed action.
     """
 
     def __init__(self, mean, logstd, scale, bias):
@@ -226,13 +225,16 @@ class SquashedNormal:
         return self.scale * torch.tanh(u) + self.bias
 
     def log_prob(self, u):
-        normal = -0.5 * ((u - self.mean) / self.logstd.exp()) ** 2 - self.logstd - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
-        return (normal - log_slope).sum(-1)  # (batch, n_agents)
+        z = (u - self.mean) * torch.exp(-self.logstd)
+        return (-0.5 * z**2 - self.logstd - 0.5 * math.log(2 * math.pi) - self.log_slope(u)).sum(-1)
 
     def entropy(self):
-        """No closed form; one reparameterised sample estimates it and its gradient without bias."""
-        return -self.log_prob(self.sample())
+        """The Normal's, and the mean of log_slope: that has no closed form, one reparameterised sample estimates it."""
+        return (0.5 * math.log(2 * math.pi * math.e) + self.logstd + self.log_slope(self.sample())).sum(-1)
+
+    def log_slope(self, u):
+        """log of d action / d u, with log(1 - tanh(u)^2) as 2 (log 2 - u - softplus(-2 u)): keeps its digits."""
+        return 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
 
 
 def to_tensors(observations, infos, device):
@@ -260,6 +262,11 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
         advantages[t] = advantage = delta + gamma * gae_lambda * (1 - done) * advantage
         next_value = values[t]
     return advantages
+
+
+def approx_kl(logratio):
+    """The KL divergence of the new policy from the old one that acted: http://joschu.net/blog/kl-approx.html."""
+    return (logratio.exp() - 1 - logratio).mean()
 
 
 # -------------------- Run ---------------------------------------------------------------------------------------------
@@ -301,7 +308,14 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
     policies = {args.exp_name: agent.make_policy}
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    # One vector holds all weights, and one their gradients: clipping, averaging and Adam are then one operation each.
+    parameters = list(agent.parameters())
+    weights = nn.utils.parameters_to_vector(parameters).detach()
+    weights.grad = torch.zeros_like(weights)
+    nn.utils.vector_to_parameters(weights, parameters)  # makes them views
+    for parameter, grad in zip(parameters, weights.grad.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
@@ -358,7 +372,7 @@ if __name__ == "__main__":
     obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
     neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
     raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
-    logprobs, rewards, values, final_values = (torch.zeros(shape, device=device) for _ in range(4))
+    logprobs, rewards, final_values = (torch.zeros(shape, device=device) for _ in range(3))
     dones = torch.zeros(shape[:2], device=device)
 
     stopping, finished, start_time = False, iteration == num_iterations, time.time()
@@ -377,7 +391,6 @@ if __name__ == "__main__":
                 policy = agent.get_policy(next_obs, next_neighbors)
                 raw_actions[step] = policy.sample()
                 logprobs[step] = policy.log_prob(raw_actions[step])
-                values[step] = agent.get_value(next_obs, next_neighbors)
                 actions = policy.squash(raw_actions[step]).cpu().numpy()
             observations, reward, terminations, truncations, infos = envs.step(actions)
             next_obs, next_neighbors = to_tensors(observations, infos, device)
@@ -392,6 +405,7 @@ if __name__ == "__main__":
             for name, value in infos.get("episode", {}).items():
                 episodes.setdefault(name, []).extend(value[infos["_episode"]])
         with torch.no_grad():
+            values = agent.get_value(obs.flatten(0, 1), neighbors.flatten(0, 1)).view(shape)
             last_value = agent.get_value(next_obs, next_neighbors)
         advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
@@ -406,18 +420,13 @@ if __name__ == "__main__":
             for _ in range(args.update_epochs)
             for mb_inds in torch.randperm(batch_size).to(device).chunk(args.num_minibatches)
         )
-        losses, num_updates = torch.zeros(6, device=device), 0
+        losses, logratios = [], []  # of every minibatch
         for mb_inds in minibatches:
-            mb_obs, mb_neighbors = b_obs[mb_inds], b_neighbors[mb_inds]
-            policy = agent.get_policy(mb_obs, mb_neighbors)
+            # index_select copies whole rows, and is several times faster than b_obs[mb_inds]
+            mb_obs, mb_neighbors = b_obs.index_select(0, mb_inds), b_neighbors.index_select(0, mb_inds)
+            policy, newvalue = agent.get_policy(mb_obs, mb_neighbors), agent.get_value(mb_obs, mb_neighbors)
             logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
             ratio = logratio.exp()  # (minibatch, n_agents)
-            with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
-                old_approx_kl = (-logratio).mean()
-                approx_kl = ((ratio - 1) - logratio).mean()
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-            if args.target_kl is not None and average(approx_kl, world_size) > args.target_kl:
-                break
             mb_advantages = b_advantages[mb_inds]
             if args.norm_adv:
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
@@ -425,32 +434,35 @@ if __name__ == "__main__":
             pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             pg_loss = torch.max(pg_loss1, pg_loss2).mean()
 
-            newvalue = agent.get_value(mb_obs, mb_neighbors)
             v_loss = (newvalue - b_returns[mb_inds]) ** 2
             if args.clip_vloss:
                 v_clipped = b_values[mb_inds] + (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
                 v_loss = torch.max(v_loss, (v_clipped - b_returns[mb_inds]) ** 2)
             v_loss = 0.5 * v_loss.mean()
 
-            entropy = policy.entropy().mean()
-            loss = pg_loss + args.vf_coef * v_loss
-            if args.ent_coef > 0:  # at 0 the entropy is only logged, and its gradient not worth the time
-                loss = loss - args.ent_coef * entropy
-            losses += torch.stack([v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]).detach()
-            num_updates += 1
-            optimizer.zero_grad()
+            with torch.set_grad_enabled(args.ent_coef > 0):  # at 0 it is only logged, and its gradient a waste of time
+                entropy = policy.entropy().mean()
+            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+
+            losses.append(torch.stack([v_loss, pg_loss, entropy]).detach())
+            logratios.append(logratio.detach())
+            if args.target_kl is not None and average(approx_kl(logratios[-1]), world_size) > args.target_kl:
+                break
+            weights.grad.zero_()
             loss.backward()
-            if world_size > 1:
-                grads = [parameter.grad for parameter in agent.parameters()]
-                nn.utils.vector_to_parameters(average(nn.utils.parameters_to_vector(grads), world_size), grads)
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            average(weights.grad, world_size)
+            nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
             optimizer.step()
 
         # Log
         last_step, global_step, now = global_step, global_step + steps_per_iteration, time.time()
         if rank == 0:
-            loss_names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-            scalars = {f"losses/{name}": x for name, x in zip(loss_names, losses / max(num_updates, 1), strict=True)}
+            loss_names, losses = ("value_loss", "policy_loss", "entropy"), torch.stack(losses).mean(0)
+            scalars = {f"losses/{name}": loss for name, loss in zip(loss_names, losses, strict=True)}
+            logratio = torch.stack(logratios)  # (minibatches, minibatch, n_agents)
+            scalars["losses/old_approx_kl"] = (-logratio).mean()
+            scalars["losses/approx_kl"] = approx_kl(logratio)
+            scalars["losses/clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
             scalars["losses/explained_variance"] = 1 - (returns - values).var() / returns.var()
             scalars["losses/std"] = agent.actor_logstd.detach().exp().mean()
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]

@@ -47,14 +47,14 @@ def torch_alone(policy, critic):
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-9, eps=1e-5, fused=True)
     observations, infos = vector.reset(seed=0)
     obs, neighbors = torch.as_tensor(observations), torch.as_tensor(infos["neighbors"])
-    repeats = args.num_steps // args.num_minibatches  # of the batch of environments in a minibatch
-    mb_obs, mb_neighbors = obs.repeat(repeats, 1, 1), neighbors.repeat(repeats, 1, 1)
+    rollout_obs, rollout_neighbors = obs.repeat(args.num_steps, 1, 1), neighbors.repeat(args.num_steps, 1, 1)
+    mb_obs, mb_neighbors = rollout_obs.chunk(args.num_minibatches)[0], rollout_neighbors.chunk(args.num_minibatches)[0]
 
     def iteration():
         with torch.no_grad():
             for _ in range(args.num_steps):
                 agent.actor_mean(agent.actor(obs, neighbors))
-                agent.get_value(obs, neighbors)
+            agent.get_value(rollout_obs, rollout_neighbors)
             agent.get_value(obs, neighbors)
         for _ in range(args.update_epochs * args.num_minibatches):
             mean = agent.actor_mean(agent.actor(mb_obs, mb_neighbors))

@@ -925,7 +925,8 @@ def test_target_kl_ends_an_update_before_the_gradient_step_that_goes_too_far(nur
     result = nursery.run_one(tmp_path, probe=RATIOS, **BRIEF | dict(target_kl=1e-7, update_epochs=3))
     assert result.code == 0, result.output
     ratios = json.loads((tmp_path / "ratios.json").read_text())
-    assert len(ratios) == 4 and max(ratios) <= 1e-6  # one gradient step in each of the four updates
+    assert len(ratios) == 8  # in each of the four updates one gradient step, and the minibatch that then went too far
+    assert max(ratios[::2]) <= 1e-6 < min(ratios[1::2])
 
 
 def test_the_same_seed_gives_identical_weights_and_curves(twins):
