@@ -789,7 +789,574 @@ def _images(points, reach, box_size):
     return images[((images > -reach) & (images < box_size + reach)).all(axis=1)]
 
 
-NATIVE_ENVS = {"Swarm": Swarm}
+# ----------------------------------------------------------------------------------------------------------------------
+# LidarNavigation
+# ----------------------------------------------------------------------------------------------------------------------
+
+DT = 0.05  # length of a step [s]
+ROBOT_RADIUS = 0.1  # [m]
+AXLE = 0.2  # from wheel to wheel [m]
+WHEEL_SPEED = 1.0  # the fastest that a wheel turns [m/s]
+WHEEL_LAG = 0.1  # time constant with which a wheel follows its motor [s]
+LIDAR_RANGE = 3.0  # [m]
+N_RAYS = 32
+GOAL_RADIUS = 0.25  # a robot whose centre is this near to its goal has arrived [m]
+GOAL_DISTANCE = 1.0  # a new goal is at least so far from its robot, where the arena allows [m]
+SPAWN_MARGIN = 0.5  # between a spawned robot's centre, or a goal, and the walls [m]
+SPAWN_GAP = 0.1  # between a spawned robot, or one that stands on a goal, and everything else [m]
+OBSTACLE_RADII = (0.2, 0.5)  # the smallest and the largest [m]
+OBSTACLE_GAP = 0.3  # around every obstacle, so that a robot gets through [m]
+PLACING_TRIES = 1000
+CONTACT_DEPTH = 1e-4  # discs that overlap by less do not touch: what rounding leaves is no collision [m]
+CONTACT_PASSES = 30
+PROGRESS, ARRIVAL, COLLISION, TIME = range(4)  # columns of the reward terms
+LIDAR_REWARD_TERMS = ("progress", "arrival", "collision", "time")
+# A wheel's gap to the speed its motor asks for shrinks as exp(-t / WHEEL_LAG): the share left at the end of a step,
+# the mean share during it, and the twofold integral over the step of what the share is above this mean.
+GAP_LEFT = math.exp(-DT / WHEEL_LAG)
+GAP_MEAN = WHEEL_LAG / DT * (1.0 - GAP_LEFT)
+GAP_BEND = WHEEL_LAG * DT * (1.0 - GAP_MEAN) - 0.5 * GAP_MEAN * DT**2
+RAY_COS = np.cos(np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)).astype(np.float32)  # in the robot's own frame
+RAY_SIN = np.sin(np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)).astype(np.float32)
+
+
+class LidarParams(NamedTuple):
+    width: float  # of the arena, along x [m]
+    height: float  # along y [m]
+    max_steps: int
+    goal_visible_steps: int
+    side: float  # of the square that the cell grids divide: the longer side of the arena [m]
+    lidar_cells: int  # grid cells along it, each at least a lidar's range and the largest radius wide
+    contact_cells: int  # the same for contacts, each at least as wide as two touching discs are apart
+    weights: np.ndarray  # (4,), one per reward term
+
+
+class LidarState(NamedTuple):
+    position: np.ndarray  # (num_envs, n_agents, 2), within the walls [m]
+    direction: np.ndarray  # (num_envs, n_agents, 2), cos and sin of the heading
+    wheel: np.ndarray  # (num_envs, n_agents, 2), speed of the left and the right one [m/s]
+    contact: np.ndarray  # (num_envs, n_agents), whether the last step ended a robot's way at something
+    goal: np.ndarray  # (num_envs, n_agents, 2) [m]
+    goal_age: np.ndarray  # (num_envs, n_agents), steps since the goal was set
+    straight: np.ndarray  # (num_envs, n_agents), from where the goal was set to the edge of its circle [m]
+    driven: np.ndarray  # (num_envs, n_agents), the way since then [m]
+    obstacle: np.ndarray  # (num_envs, n_obstacles, 3), x, y and radius [m]
+    elapsed: np.ndarray  # (num_envs,), steps since the reset
+    totals: np.ndarray  # (num_envs, len(stat_names)), sums over the episode so far
+    rng: np.ndarray  # (num_envs, 2)
+
+
+class LidarScratch(NamedTuple):
+    """Room for one environment's step, used again for the next, so that stepping allocates nothing."""
+
+    terms: np.ndarray  # (n_agents, 4), the reward terms before weighting
+    disc: np.ndarray  # (n_obstacles + n_agents, 3), x, y and radius: the obstacles, then the robots [m]
+    before: np.ndarray  # (n_agents, 2), where the step began [m]
+    free: np.ndarray  # (n_agents, 2), where it would have ended without contacts [m]
+    speed: np.ndarray  # (n_agents,), mean forward speed during it [m/s]
+    push: np.ndarray  # (n_agents, 2), by which one pass moves a robot out of what it overlaps [m]
+    touched: np.ndarray  # (n_agents,), whether it overlapped anything
+    order: np.ndarray  # (n_obstacles + n_agents,), discs sorted by grid cell
+    lidar_start: np.ndarray  # (lidar cells ** 2 + 1,), where each cell begins in `order`
+    contact_start: np.ndarray  # (contact cells ** 2 + 1,)
+    sorted: np.ndarray  # (n_obstacles + n_agents, 3), `disc` in that order [lidar ranges]
+    seen: np.ndarray  # (n_obstacles + n_agents, 3), forward, left and squared radius of what a lidar can hit [ranges]
+
+
+class LidarOutputs(NamedTuple):
+    observations: np.ndarray  # (num_envs, n_agents, N_RAYS + 4)
+    final_observations: np.ndarray
+    rewards: np.ndarray  # (num_envs, n_agents)
+    terminations: np.ndarray  # (num_envs,), never set: there is always another goal
+    truncations: np.ndarray  # (num_envs,)
+    stats: np.ndarray  # (num_envs, len(stat_names))
+
+
+@kernel
+def _overlaps(x, y, radius, disc, count):
+    """Whether a disc at (x, y) overlaps any of the first `count`."""
+    for k in range(count):
+        if (disc[k, 0] - x) ** 2 + (disc[k, 1] - y) ** 2 < (disc[k, 2] + radius) ** 2:
+            return True
+    return False
+
+
+@kernel
+def _set_goal(env, i, n_obstacles, width, height, disc, position, goal, goal_age, straight, driven, rng):
+    """A new goal for robot i, clear of obstacles; the distance asked for shrinks as tries fail."""
+    for attempt in range(PLACING_TRIES):
+        x = _uniform(rng, env, SPAWN_MARGIN, width - SPAWN_MARGIN)
+        y = _uniform(rng, env, SPAWN_MARGIN, height - SPAWN_MARGIN)
+        goal[env, i, 0], goal[env, i, 1] = x, y
+        distance = math.hypot(x - position[env, i, 0], y - position[env, i, 1])
+        far = distance >= GOAL_DISTANCE * (1.0 - attempt / PLACING_TRIES)
+        if far and not _overlaps(x, y, ROBOT_RADIUS + SPAWN_GAP, disc, n_obstacles):
+            break
+    _begin_leg(env, i, position, goal, goal_age, straight, driven)
+
+
+@kernel
+def _begin_leg(env, i, position, goal, goal_age, straight, driven):
+    distance = math.hypot(goal[env, i, 0] - position[env, i, 0], goal[env, i, 1] - position[env, i, 1])
+    straight[env, i], driven[env, i], goal_age[env, i] = max(distance - GOAL_RADIUS, 0.0), 0.0, 0
+
+
+@kernel
+def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals, params, state, disc):
+    """A new episode. Whatever finds no place in PLACING_TRIES tries, in an arena that is all but full: an obstacle is
+    left out (radius 0, in a corner, where neither robot nor ray meets it), a robot is pushed clear by the first step.
+    """
+    position, direction, obstacle, rng = state.position[env], state.direction[env], state.obstacle[env], state.rng
+    n_obstacles, width, height = obstacle.shape[0], params.width, params.height
+    for k in range(n_obstacles):
+        if draw_obstacles:
+            for _ in range(PLACING_TRIES):
+                radius = _uniform(rng, env, OBSTACLE_RADII[0], OBSTACLE_RADII[1])
+                x = _uniform(rng, env, radius + OBSTACLE_GAP, width - radius - OBSTACLE_GAP)
+                y = _uniform(rng, env, radius + OBSTACLE_GAP, height - radius - OBSTACLE_GAP)
+                if not _overlaps(x, y, radius + OBSTACLE_GAP, disc, k):
+                    break
+                radius = x = y = 0.0
+            obstacle[k, 0], obstacle[k, 1], obstacle[k, 2] = x, y, radius
+        disc[k] = obstacle[k]
+    for i in range(position.shape[0]):
+        if draw_positions:
+            for _ in range(PLACING_TRIES):
+                position[i, 0] = _uniform(rng, env, SPAWN_MARGIN, width - SPAWN_MARGIN)
+                position[i, 1] = _uniform(rng, env, SPAWN_MARGIN, height - SPAWN_MARGIN)
+                if not _overlaps(position[i, 0], position[i, 1], ROBOT_RADIUS + SPAWN_GAP, disc, n_obstacles + i):
+                    break
+            disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = position[i, 0], position[i, 1]
+            disc[n_obstacles + i, 2] = ROBOT_RADIUS
+        if draw_headings:
+            heading = _uniform(rng, env, -math.pi, math.pi)
+            direction[i, 0], direction[i, 1] = math.cos(heading), math.sin(heading)
+    for i in range(position.shape[0]):
+        leg = state.position, state.goal, state.goal_age, state.straight, state.driven
+        if draw_goals:
+            _set_goal(env, i, n_obstacles, width, height, disc, *leg, rng)
+        else:
+            _begin_leg(env, i, *leg)
+    state.wheel[env] = 0.0
+    state.contact[env] = False
+    state.elapsed[env] = 0
+    state.totals[env] = 0.0
+
+
+@inlined
+def _lidar_drive(env, actions, state, scratch):
+    """Move every robot for DT as its wheels turn, as if it were alone.
+
+    Exact while the wheels keep their speed: an arc, its chord `sin(h) / h` of its length for a turn of 2h. When they
+    do not, turning late and driving early differ from the arc of the mean speeds, to first order sideways by `bend`.
+    """
+    position, direction, wheel = state.position[env], state.direction[env], state.wheel[env]
+    n_obstacles, disc = state.obstacle.shape[1], scratch.disc
+    for k in range(n_obstacles):
+        for c in range(3):
+            disc[k, c] = state.obstacle[env, k, c]
+    for i in range(position.shape[0]):
+        left = WHEEL_SPEED * min(max(np.float64(actions[env, i, 0]), -1.0), 1.0)
+        right = WHEEL_SPEED * min(max(np.float64(actions[env, i, 1]), -1.0), 1.0)
+        left_gap, right_gap = wheel[i, 0] - left, wheel[i, 1] - right
+        wheel[i, 0], wheel[i, 1] = left + GAP_LEFT * left_gap, right + GAP_LEFT * right_gap
+        left, right = left + GAP_MEAN * left_gap, right + GAP_MEAN * right_gap
+        speed, half = 0.5 * (left + right), 0.5 * DT / AXLE * (right - left)
+        cos, sin = math.cos(half), math.sin(half)
+        chord = DT * speed * (sin / half if abs(half) > 1e-6 else 1.0)
+        bend = GAP_BEND / AXLE * (left * right_gap - right * left_gap)
+        along_x, along_y = cos * direction[i, 0] - sin * direction[i, 1], sin * direction[i, 0] + cos * direction[i, 1]
+        x = position[i, 0] + chord * along_x - bend * along_y
+        y = position[i, 1] + chord * along_y + bend * along_x
+        cos, sin = cos * along_x - sin * along_y, sin * along_x + cos * along_y
+        norm = math.sqrt(cos * cos + sin * sin)  # keeps rounding from adding up over an episode
+        direction[i, 0], direction[i, 1] = cos / norm, sin / norm
+        scratch.before[i, 0], scratch.before[i, 1] = position[i, 0], position[i, 1]
+        scratch.free[i, 0], scratch.free[i, 1], scratch.speed[i] = x, y, speed
+        disc[n_obstacles + i, 0], disc[n_obstacles + i, 1], disc[n_obstacles + i, 2] = x, y, ROBOT_RADIUS
+
+
+@inlined
+def _lidar_contacts(env, params, state, scratch):
+    """Push robots out of whatever they overlap; one in contact drives only as fast as it really got ahead.
+
+    All pushes of a pass are found before any is made, so that the robots' order does not matter. Two robots share a
+    push equally, obstacles and walls do not yield. Of several pushes at once a robot follows less than the sum, or
+    those in a crowd would overshoot and never settle.
+    """
+    position, direction, wheel = state.position[env], state.direction[env], state.wheel[env]
+    disc, order, start, push, touched = (
+        scratch.disc,
+        scratch.order,
+        scratch.contact_start,
+        scratch.push,
+        scratch.touched,
+    )
+    cells, side, n_obstacles, n_agents = params.contact_cells, params.side, state.obstacle.shape[1], position.shape[0]
+    for i in range(n_agents):
+        touched[i] = False
+    for _ in range(CONTACT_PASSES):
+        _sort_into_cells(disc, cells, side, order, start)
+        for i in range(n_agents):
+            x, y = disc[n_obstacles + i, 0], disc[n_obstacles + i, 1]
+            push_x = push_y = 0.0
+            pushes = 0
+            row, column = _cell(x, cells, side), _cell(y, cells, side)
+            for a in range(max(row - 1, 0), min(row + 2, cells)):  # neighbouring cells of a row follow one another
+                for m in range(
+                    start[a * cells + max(column - 1, 0)], start[a * cells + min(column + 1, cells - 1) + 1]
+                ):
+                    k = order[m]
+                    dx, dy, reach = x - disc[k, 0], y - disc[k, 1], disc[k, 2] + ROBOT_RADIUS
+                    if dx * dx + dy * dy < (reach - CONTACT_DEPTH) ** 2 and k != n_obstacles + i:
+                        distance = math.sqrt(dx * dx + dy * dy)
+                        if distance < 1e-9:  # one on top of the other: along x, whoever comes first to the left
+                            distance, dx, dy = 1e-9, 1e-9 if k < n_obstacles + i else -1e-9, 0.0
+                        share = (0.5 if k >= n_obstacles else 1.0) * (reach / distance - 1.0)
+                        push_x, push_y, pushes = push_x + share * dx, push_y + share * dy, pushes + 1
+            weight = 1.0 if pushes < 2 else 1.3 / pushes
+            push[i, 0], push[i, 1] = weight * push_x, weight * push_y
+            touched[i] |= pushes > 0
+        settled = True
+        for i in range(n_agents):
+            x, y = disc[n_obstacles + i, 0] + push[i, 0], disc[n_obstacles + i, 1] + push[i, 1]
+            inside_x = min(max(x, ROBOT_RADIUS), params.width - ROBOT_RADIUS)
+            inside_y = min(max(y, ROBOT_RADIUS), params.height - ROBOT_RADIUS)
+            wall = max(abs(inside_x - x), abs(inside_y - y)) > CONTACT_DEPTH
+            settled &= not (wall or push[i, 0] != 0.0 or push[i, 1] != 0.0)
+            touched[i] |= wall
+            disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = inside_x, inside_y
+        if settled:
+            break
+    for i in range(n_agents):
+        position[i, 0], position[i, 1] = disc[n_obstacles + i, 0], disc[n_obstacles + i, 1]
+        if touched[i]:
+            ahead = (position[i, 0] - scratch.free[i, 0]) * direction[i, 0]
+            ahead += (position[i, 1] - scratch.free[i, 1]) * direction[i, 1]
+            change = scratch.speed[i] + ahead / DT - 0.5 * (wheel[i, 0] + wheel[i, 1])
+            for w in range(2):
+                wheel[i, w] = min(max(wheel[i, w] + change, -WHEEL_SPEED), WHEEL_SPEED)
+
+
+@inlined
+def _lidar_reward(env, params, state, scratch, outputs):
+    """Rewards and statistics of the step, and a new goal for whoever has arrived."""
+    position, goal, before, terms, totals = state.position, state.goal, scratch.before, scratch.terms, state.totals
+    n_agents, n_obstacles = position.shape[1], state.obstacle.shape[1]
+    for i in range(n_agents):
+        old = math.sqrt((goal[env, i, 0] - before[i, 0]) ** 2 + (goal[env, i, 1] - before[i, 1]) ** 2)
+        distance = math.sqrt(
+            (goal[env, i, 0] - position[env, i, 0]) ** 2 + (goal[env, i, 1] - position[env, i, 1]) ** 2
+        )
+        way = math.sqrt((position[env, i, 0] - before[i, 0]) ** 2 + (position[env, i, 1] - before[i, 1]) ** 2)
+        terms[i, PROGRESS] = old - distance
+        terms[i, ARRIVAL] = distance <= GOAL_RADIUS
+        terms[i, COLLISION] = -np.float64(scratch.touched[i])
+        terms[i, TIME] = -1.0
+        totals[env, 3] += scratch.touched[i] and not state.contact[env, i]
+        totals[env, 6] += scratch.touched[i]
+        state.contact[env, i] = scratch.touched[i]
+        state.goal_age[env, i] += 1
+        state.driven[env, i] += way
+        if distance <= GOAL_RADIUS:
+            totals[env, 2] += 1.0
+            totals[env, 4] += state.straight[env, i]
+            totals[env, 5] += state.driven[env, i]
+            _set_goal(
+                env, i, n_obstacles, params.width, params.height, scratch.disc, position, goal, state.goal_age,
+                state.straight, state.driven, state.rng,
+            )  # fmt: skip
+    totals[env, 1] += 1.0
+    for i in range(n_agents):
+        outputs.rewards[env, i] = 0.0
+    for t in range(len(LIDAR_REWARD_TERMS)):
+        total = 0.0
+        for i in range(n_agents):
+            outputs.rewards[env, i] += params.weights[t] * terms[i, t]
+            total += params.weights[t] * terms[i, t]
+        totals[env, 7 + t] += total / n_agents
+        totals[env, 0] += total / n_agents
+
+
+@kernel
+def _scan(cos, sin, left, right, below, above, seen, n_seen, row):
+    """One lidar: row[k] is how far ray k gets, at most 1, everything in lidar ranges.
+
+    left, right, below and above are the distances to the walls; seen[:n_seen] are the discs. In float32 and without
+    branches, so that it compiles to vector instructions over the rays; within 1e-6, or 1e-3 where a ray only grazes.
+    """
+    zero, one = np.float32(0.0), np.float32(1.0)
+    for k in range(N_RAYS):
+        dx, dy = cos * RAY_COS[k] - sin * RAY_SIN[k], sin * RAY_COS[k] + cos * RAY_SIN[k]
+        to_x = (right if dx > zero else left) / abs(dx)
+        to_y = (above if dy > zero else below) / abs(dy)
+        row[k] = min(min(to_x, to_y), one)
+    for m in range(n_seen):
+        forward, left, square = seen[m, 0], seen[m, 1], seen[m, 2]
+        for k in range(N_RAYS):
+            along, across = forward * RAY_COS[k] + left * RAY_SIN[k], forward * RAY_SIN[k] - left * RAY_COS[k]
+            inside = square - across * across
+            root = math.sqrt(max(inside, zero))
+            hit = max(along - root, zero) if (inside > zero) & (along + root > zero) else one
+            row[k] = min(row[k], hit)
+
+
+@inlined
+def _lidar_observe(env, params, state, scratch, outputs):
+    position, direction, obstacle, wheel = state.position, state.direction, state.obstacle, state.wheel
+    observations, disc, order, start = outputs.observations, scratch.disc, scratch.order, scratch.lidar_start
+    placed, seen, cells, side = scratch.sorted, scratch.seen, params.lidar_cells, params.side / LIDAR_RANGE
+    n_agents, n_obstacles = position.shape[1], obstacle.shape[1]
+    for k in range(n_obstacles):
+        for c in range(3):
+            disc[k, c] = obstacle[env, k, c]
+    for i in range(n_agents):
+        disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = position[env, i, 0], position[env, i, 1]
+        disc[n_obstacles + i, 2] = ROBOT_RADIUS
+    _sort_into_cells(disc, cells, params.side, order, start)
+    for m in range(disc.shape[0]):
+        for c in range(3):
+            placed[m, c] = disc[order[m], c] / LIDAR_RANGE
+
+    for m in range(disc.shape[0]):
+        i = order[m] - n_obstacles
+        if i < 0:
+            continue
+        x, y, cos, sin = placed[m, 0], placed[m, 1], direction[env, i, 0], direction[env, i, 1]
+        n_seen = 0
+        row, column = _cell(x, cells, side), _cell(y, cells, side)
+        for a in range(max(row - 1, 0), min(row + 2, cells)):
+            for other in range(
+                start[a * cells + max(column - 1, 0)], start[a * cells + min(column + 1, cells - 1) + 1]
+            ):  # keep or overwrite: a branch would mispredict
+                dx, dy, radius = placed[other, 0] - x, placed[other, 1] - y, placed[other, 2]
+                seen[n_seen, 0], seen[n_seen, 1] = cos * dx + sin * dy, cos * dy - sin * dx
+                seen[n_seen, 2] = radius * radius
+                n_seen += (dx * dx + dy * dy < (1.0 + radius) ** 2) & (other != m)
+        _scan(
+            np.float32(cos), np.float32(sin), np.float32(x), np.float32(params.width / LIDAR_RANGE - x),
+            np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, observations[env, i],
+        )  # fmt: skip
+        observations[env, i, N_RAYS] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * WHEEL_SPEED)
+        observations[env, i, N_RAYS + 1] = (wheel[env, i, 1] - wheel[env, i, 0]) / (2.0 * WHEEL_SPEED)
+        dx, dy = state.goal[env, i, 0] - position[env, i, 0], state.goal[env, i, 1] - position[env, i, 1]
+        shown = (state.goal_age[env, i] < params.goal_visible_steps) / (1.0 + math.sqrt(dx * dx + dy * dy))
+        observations[env, i, N_RAYS + 2] = shown * (cos * dx + sin * dy)
+        observations[env, i, N_RAYS + 3] = shown * (cos * dy - sin * dx)
+
+
+@kernel
+def _lidar_step(actions, params, state, scratch, outputs):
+    for env in range(actions.shape[0]):
+        _lidar_drive(env, actions, state, scratch)
+        _lidar_contacts(env, params, state, scratch)
+        _lidar_reward(env, params, state, scratch, outputs)
+        _lidar_observe(env, params, state, scratch, outputs)
+        state.elapsed[env] += 1
+        outputs.truncations[env] = state.elapsed[env] >= params.max_steps
+        if outputs.truncations[env]:
+            outputs.final_observations[env] = outputs.observations[env]
+            stats, totals, n_agents = outputs.stats[env], state.totals[env], actions.shape[1]
+            stats[:] = totals
+            stats[2:4] = totals[2:4] / n_agents
+            stats[4] = totals[3] / max(totals[2], 1.0)
+            stats[5] = totals[4] / totals[5] if totals[5] > 0.0 else 0.0
+            stats[6] = totals[6] / (n_agents * totals[1])
+            _lidar_reset(env, True, True, True, True, params, state, scratch.disc)
+            _lidar_observe(env, params, state, scratch, outputs)
+
+
+class LidarNavigation(NativeVectorEnv):
+    """Robots with two wheels and a lidar, each on the way to one goal after another, in an arena with four walls.
+
+    Action (num_envs, n_agents, 2): the left and the right motor, in [-1, 1] of WHEEL_SPEED, which the wheels follow
+    with the lag WHEEL_LAG. The wheels do not slip: forward speed is their mean, yaw rate their difference over AXLE.
+    A robot is a disc; in contact with a wall, an obstacle or another robot it is pushed clear, sliding along, and its
+    forward speed becomes what it really got ahead. Steps are of DT = 0.05 s, within 0.2 mm of the differential equation.
+
+    Observation (num_envs, n_agents, 36), in the robot's own frame: 32 rays, the first straight ahead and then
+    counter-clockwise, from its centre to the nearest wall, obstacle or robot, in LIDAR_RANGE, exactly 1 where nothing
+    is within it; forward speed and yaw rate, by their largest; the goal (forward, left) / (1 m + distance), which keeps
+    the direction and, within (-1, 1), the distance. With `goal_visible_steps` a goal is in that many observations from
+    the one on which it was set, and then (0, 0): it has to be remembered.
+
+    A robot within GOAL_RADIUS of its goal has arrived and gets a new one in the same step. Reward of a robot, the
+    weighted sum of these terms:
+
+        progress      decrease of the distance to the goal in this step [m]
+        arrival       1 on arrival
+        collision     -1 on a step in contact
+        time          -1
+
+    Episodes end only at `max_steps`, by truncation. Episode statistics: "r" and "l" (r is the mean over robots);
+    "goals", arrivals per robot; "collisions", how often a robot came into contact, per robot; "collisions_per_goal",
+    all of these over all arrivals (at least 1); "path_efficiency", over the goals reached, the straight ways from where
+    each was set to the edge of its circle over the ways driven for them, 0 if none; "contact", the share of steps that
+    robots were in contact; and "reward_<term>", which add up to r.
+
+    Every episode has new obstacles, with gaps that a robot can pass, new starts and goals. `reset(options={"position":
+    (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "goal": (num_envs, n_agents, 2), "obstacle": (num_envs,
+    n_obstacles, 3: x, y, radius)})` gives any part of the start; the episodes after it start at random again. A robot
+    given a place that something else occupies is pushed clear by the first step.
+
+    The arena, lidar, robots, rate and goals are those published (seed 001), 100 pixels to the metre.
+    """
+
+    metadata = NativeVectorEnv.metadata | {"render_fps": round(1.0 / DT)}
+    stat_names = (
+        *("r", "l", "goals", "collisions", "collisions_per_goal", "path_efficiency", "contact"),
+        *(f"reward_{term}" for term in LIDAR_REWARD_TERMS),
+    )
+
+    def __init__(
+        self,
+        num_envs=1,
+        n_agents=10,
+        n_obstacles=8,
+        width=8.0,
+        height=6.0,
+        max_steps=500,
+        goal_visible_steps=None,
+        progress_weight=1.0,
+        arrival_weight=2.0,
+        collision_weight=0.2,
+        time_weight=0.01,
+        render_mode=None,
+        first_env=0,
+    ):
+        n_agents = _integer("n_agents", n_agents, 1)
+        n_obstacles = _integer("n_obstacles", n_obstacles, 0)
+        width, height = _number("width", width, 3.0), _number("height", height, 3.0)
+        # Discs thrown at random, each with half its gap, find room up to a cover of about a half; a quarter leaves ways.
+        for name, count, radius, area in (
+            ("n_agents", n_agents, ROBOT_RADIUS + 0.5 * SPAWN_GAP, (width - 1.0) * (height - 1.0)),
+            ("n_obstacles", n_obstacles, 0.5 * (sum(OBSTACLE_RADII) + OBSTACLE_GAP), width * height),
+        ):
+            most = int(0.25 * area / (math.pi * radius**2))
+            if count > most:
+                raise ValueError(f"{name} is {count}: at most {most} have room in an arena of {width:g} x {height:g} m")
+        if goal_visible_steps is not None:
+            goal_visible_steps = _integer("goal_visible_steps", goal_visible_steps, 1)
+        weights = dict(
+            progress_weight=progress_weight,
+            arrival_weight=arrival_weight,
+            collision_weight=collision_weight,
+            time_weight=time_weight,
+        )
+        side, n_discs = max(width, height), n_obstacles + n_agents
+        self.params = LidarParams(
+            width=width,
+            height=height,
+            max_steps=_integer("max_steps", max_steps, 1),
+            goal_visible_steps=2**62 if goal_visible_steps is None else goal_visible_steps,
+            side=side,
+            lidar_cells=_cells_along(side, LIDAR_RANGE + OBSTACLE_RADII[1], n_discs),
+            contact_cells=_cells_along(side, ROBOT_RADIUS + OBSTACLE_RADII[1], n_discs / 2),
+            weights=np.array([_number(name, weight) for name, weight in weights.items()]),
+        )
+        low = np.float32([0.0] * N_RAYS + [-1.0] * 4)
+        super().__init__(
+            num_envs,
+            gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
+            gym.spaces.Box(-1.0, 1.0, (n_agents, 2), np.float32),
+            render_mode,
+            first_env,
+        )
+        self.start_shapes = {
+            "position": (num_envs, n_agents, 2),
+            "heading": (num_envs, n_agents),
+            "goal": (num_envs, n_agents, 2),
+            "obstacle": (num_envs, n_obstacles, 3),
+        }
+        self.state = LidarState(
+            position=np.zeros((num_envs, n_agents, 2)),
+            direction=np.zeros((num_envs, n_agents, 2)),
+            wheel=np.zeros((num_envs, n_agents, 2)),
+            contact=np.zeros((num_envs, n_agents), bool),
+            goal=np.zeros((num_envs, n_agents, 2)),
+            goal_age=np.zeros((num_envs, n_agents), np.int64),
+            straight=np.zeros((num_envs, n_agents)),
+            driven=np.zeros((num_envs, n_agents)),
+            obstacle=np.zeros((num_envs, n_obstacles, 3)),
+            elapsed=np.zeros(num_envs, np.int64),
+            totals=np.zeros((num_envs, len(self.stat_names))),
+            rng=np.zeros((num_envs, 2), np.int64),
+        )
+        self.scratch = LidarScratch(
+            terms=np.zeros((n_agents, len(LIDAR_REWARD_TERMS))),
+            disc=np.zeros((n_discs, 3)),
+            before=np.zeros((n_agents, 2)),
+            free=np.zeros((n_agents, 2)),
+            speed=np.zeros(n_agents),
+            push=np.zeros((n_agents, 2)),
+            touched=np.zeros(n_agents, bool),
+            order=np.zeros(n_discs, np.int64),
+            lidar_start=np.zeros(self.params.lidar_cells**2 + 1, np.int64),
+            contact_start=np.zeros(self.params.contact_cells**2 + 1, np.int64),
+            sorted=np.zeros((n_discs, 3)),
+            seen=np.zeros((n_discs, 3), np.float32),
+        )
+
+    def reset(self, *, seed=None, options=None):
+        corner = np.array([self.params.width, self.params.height])
+        for name, low, high in (
+            ("position", ROBOT_RADIUS, corner - ROBOT_RADIUS),
+            ("goal", 0.0, corner),
+            ("obstacle", 0.0, np.append(corner, OBSTACLE_RADII[1])),
+        ):
+            if name in (options or {}):
+                given = _array(f"options[{name!r}]", options[name], self.start_shapes[name], np.float64)
+                outside = np.argwhere((given < low) | (given > high))
+                if len(outside):
+                    at = tuple(outside[0].tolist())
+                    allowed = f"from {low:g} to {np.broadcast_to(high, given.shape)[at]:g}"
+                    raise ValueError(f"options[{name!r}]{list(at)} is {given[at]:g}: it must be {allowed}")
+        return super().reset(seed=seed, options=options)
+
+    def restart(self, start):
+        for name in set(start) - {"heading"}:
+            getattr(self.state, name)[...] = start[name]
+        if "heading" in start:
+            self.state.direction[...] = np.stack([np.cos(start["heading"]), np.sin(start["heading"])], axis=-1)
+        draw = [name not in start for name in ("obstacle", "position", "heading", "goal")]
+        for env in range(self.num_envs):
+            _lidar_reset(env, *draw, self.params, self.state, self.scratch.disc)
+
+    def observe(self):
+        for env in range(self.num_envs):
+            _lidar_observe(env, self.params, self.state, self.scratch, LidarOutputs(**self.buffers))
+
+    def advance(self, actions):
+        _lidar_step(actions, self.params, self.state, self.scratch, LidarOutputs(**self.buffers))
+
+    def draw(self, env, size=512):
+        """Robots with a mark ahead, rings in their colour for goals, the first one's lidar; the longer side `size`."""
+        import pygame
+
+        scale = 2 * size / self.params.side  # drawn at twice the size, then smoothed
+        shape = [2 * round(0.5 * scale * length) for length in (self.params.width, self.params.height)]
+        surface = pygame.Surface(shape)
+        surface.fill("white")
+        for x, y, radius in scale * self.state.obstacle[env]:
+            pygame.draw.circle(surface, "gray70", (x, y), radius)
+        position, direction = scale * self.state.position[env], self.state.direction[env]
+        cos, sin = direction[0]
+        rays = self.buffers["observations"][env, 0, :N_RAYS] * LIDAR_RANGE * scale
+        for reach, ahead, left in zip(rays, RAY_COS, RAY_SIN, strict=True):
+            end = position[0] + reach * np.array([cos * ahead - sin * left, sin * ahead + cos * left])
+            pygame.draw.line(surface, (255, 205, 205), position[0], end, 2)
+        for i, (x, y) in enumerate(position):
+            color = pygame.Color(0)
+            color.hsva = (360.0 * i / len(position), 80, 80, 100)
+            pygame.draw.circle(surface, color, scale * self.state.goal[env, i], scale * GOAL_RADIUS, 3)
+            pygame.draw.circle(surface, color, (x, y), scale * ROBOT_RADIUS)
+            pygame.draw.line(surface, "white", (x, y), (x, y) + scale * ROBOT_RADIUS * direction[i], 5)
+        pygame.draw.rect(surface, "black", surface.get_rect(), 6)
+        surface = pygame.transform.smoothscale(surface, [length // 2 for length in shape])
+        return pygame.surfarray.array3d(pygame.transform.flip(surface, False, True)).swapaxes(0, 1).copy()  # y is up
+
+
+NATIVE_ENVS = {"Swarm": Swarm, "LidarNavigation": LidarNavigation}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
