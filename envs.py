@@ -1393,7 +1393,7 @@ def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
     return act
 
 
-def lidar_policy(envs, width=0.2, ahead=1.5, patience=1.0, gain=1.0, brake=0.4):
+def lidar_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0.55):
     """Drive where the way is longest for the detour, as seen by the lidar; a hidden goal is kept by dead reckoning.
 
     Each ray is a way to go, as long as a corridor of half-width `width` along it is free, at most `ahead` or the
