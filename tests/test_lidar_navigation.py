@@ -1,0 +1,729 @@
+"""LidarNavigation keeps what its docstring promises.
+
+The lidar is laid beside `readings`, a slow NumPy one without grids, the motion beside fine steps through its
+differential equation, the statistics beside loops over recorded trajectories.
+"""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import envs
+
+DT, RADIUS, AXLE, LAG, RANGE, RAYS, GOAL_RADIUS = 0.05, 0.1, 0.2, 0.1, 3.0, 32, 0.25
+TERMS = ("progress", "arrival", "collision", "time")
+DEPTH = 1e-4  # two discs that overlap by less are not in contact
+
+examples = settings(deadline=None, derandomize=True, max_examples=60, print_blob=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# References and helpers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make(num_envs=1, **env_kwargs):
+    return envs.make_vec("LidarNavigation", num_envs, num_workers=0, **env_kwargs)
+
+
+def alone(n_agents=1, obstacle=(), side=20.0, **env_kwargs):
+    """One env with just these obstacles (x, y, radius) in it."""
+    vector = make(n_agents=n_agents, n_obstacles=len(obstacle), width=side, height=side, **env_kwargs)
+    return vector, {"obstacle": np.reshape(obstacle, (1, -1, 3))}
+
+
+def readings(position, heading, obstacle, width, height):
+    """Lidar readings (n_agents, RAYS) by brute force, and how near each is to missing or meeting another disc [m]."""
+    expected, margin = np.ones((len(position), RAYS)), np.full((len(position), RAYS), math.inf)
+    for i, (x, y) in enumerate(position):
+        others = [(*other, RADIUS) for j, other in enumerate(position) if j != i]
+        for k in range(RAYS):
+            angle = heading[i] + 2 * math.pi * k / RAYS
+            dx, dy = math.cos(angle), math.sin(angle)
+            distances = [math.inf]
+            for place, step, end in ((x, dx, width), (y, dy, height)):
+                if step != 0:
+                    distances.append(((end if step > 0 else 0.0) - place) / step)
+            for cx, cy, radius in [*others, *obstacle]:
+                gap = math.hypot(cx - x, cy - y) - radius
+                if radius > 0 and gap <= 0:
+                    distances.append(0.0)
+                    continue
+                # The point of the ray that is nearest to the centre, and from there half a chord back.
+                along = (cx - x) * dx + (cy - y) * dy
+                apart = math.hypot(x + along * dx - cx, y + along * dy - cy)
+                if along > 0:
+                    margin[i, k] = min(margin[i, k], abs(apart - radius), gap)
+                    if apart < radius:
+                        distances.append(along - math.sqrt(radius**2 - apart**2))
+            expected[i, k] = min(1.0, min(distances) / RANGE)
+    return expected, margin
+
+
+def drive(x, y, heading, wheel, action, steps=400):
+    """Pose and wheels a step later, by the fourth-order Runge-Kutta method on the differential equation."""
+    target = np.clip(np.asarray(action, float), -1, 1)
+
+    def slope(state):
+        left, right = state[3:]
+        speed = (left + right) / 2
+        turn = (right - left) / AXLE
+        return np.array([speed * math.cos(state[2]), speed * math.sin(state[2]), turn, *((target - state[3:]) / LAG)])
+
+    state, h = np.array([x, y, heading, *wheel]), DT / steps
+    for _ in range(steps):
+        a = slope(state)
+        b = slope(state + h / 2 * a)
+        c = slope(state + h / 2 * b)
+        state = state + h / 6 * (a + 2 * b + 2 * c + slope(state + h * c))
+    return state
+
+
+def random_actions(vector, steps, seed=0, low=-1.0):
+    return np.random.default_rng(seed).uniform(low, 1, (steps, *vector.action_space.shape)).astype(np.float32)
+
+
+def play(vector, actions):
+    return [vector.step(action) for action in actions]
+
+
+def same(a, b):
+    """Whether two nested returns hold the same, to the last bit; NaN equals nothing."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(same(*pair) for pair in zip(a, b, strict=True))
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def headings(vector):
+    direction = vector.get_state()["direction"]
+    return np.arctan2(direction[..., 1], direction[..., 0])
+
+
+def deepest_overlap(vector):
+    """Over all pairs of robots, and of a robot and an obstacle or wall [m]."""
+    deepest, state, params = -math.inf, vector.get_state(), vector.params
+    for position, obstacle in zip(state["position"], state["obstacle"], strict=True):
+        gaps = np.linalg.norm(position[:, None] - position, axis=-1) - 2 * RADIUS
+        np.fill_diagonal(gaps, math.inf)
+        obstacle_gaps = np.linalg.norm(position[:, None] - obstacle[:, :2], axis=-1) - obstacle[:, 2] - RADIUS
+        walls = np.minimum(position, np.array([params.width, params.height]) - position) - RADIUS
+        deepest = max(deepest, -gaps.min(), -obstacle_gaps.min(initial=math.inf), -walls.min())
+    return deepest
+
+
+def chase(vector, target):
+    """Actions that drive every robot to one place."""
+    state = vector.get_state()
+    way = target - state["position"]
+    angle = np.arctan2(way[..., 1], way[..., 0]) - headings(vector)
+    angle = (angle + math.pi) % (2 * math.pi) - math.pi
+    turn, forward = np.clip(angle, -0.5, 0.5), np.maximum(np.cos(angle), 0)
+    return np.stack([forward - turn, forward + turn], axis=-1).clip(-1, 1).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The lidar
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_walls_obstacles_and_robots_are_seen_where_they_are_and_nothing_is_exactly_one():
+    vector, start = alone(3, [(10, 12, 0.5), (7, 7, 0.2)])
+    start |= {"position": [[[10, 10], [8.5, 10], [1.5, 10]]], "heading": [[math.pi / 2, 0, math.pi]]}
+    observations, _ = vector.reset(seed=0, options=start)
+    scan = observations[0, :, :RAYS]
+    # The first looks up at an obstacle 1.5 m away; the second robot is 1.4 m to its left, behind that all is free.
+    assert scan[0, 0] == pytest.approx(1.5 / 3, abs=1e-6)
+    assert scan[0, 8] == pytest.approx(1.4 / 3, abs=1e-6)
+    assert (scan[0, [4, 12, 16, 20, 24, 28]] == 1.0).all()
+    # The second looks at the first; the small obstacle is 3.354 m off, its surface beyond the range.
+    assert scan[1, 0] == pytest.approx(1.4 / 3, abs=1e-6)
+    assert (np.delete(scan[1], [0, 31, 1]) == 1.0).sum() >= 26
+    # The third looks at the wall, 1.5 m ahead; at 45 degrees to it the way is longer.
+    assert scan[2, 0] == pytest.approx(1.5 / 3, abs=1e-6)
+    assert scan[2, 4] == scan[2, 28] == pytest.approx(1.5 * math.sqrt(2) / 3, abs=1e-6)
+    assert (scan[2, 8:25] == 1.0).all()
+
+
+@pytest.mark.parametrize("k", range(RAYS))
+def test_rays_are_counted_counter_clockwise_from_straight_ahead(k):
+    vector, start = alone(2)
+    bearing = 0.3 + 2 * math.pi * k / RAYS
+    there = [10 + 2 * math.cos(bearing), 10 + 2 * math.sin(bearing)]
+    observations, _ = vector.reset(seed=0, options=start | {"position": [[[10, 10], there]], "heading": [[0.3, 0]]})
+    expected = np.ones(RAYS)
+    expected[k] = 1.9 / 3
+    np.testing.assert_allclose(observations[0, 0, :RAYS], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", [3.099, 3.101])
+def test_what_is_beyond_the_range_by_a_millimetre_is_not_seen(distance):
+    vector, start = alone(2)
+    start |= {"position": [[[10, 10], [10 + distance, 10]]], "heading": [[0, 0]]}
+    reading = vector.reset(seed=0, options=start)[0][0, 0, 0]
+    assert reading == (1.0 if distance > 3.1 else pytest.approx(2.999 / 3, abs=1e-6))
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@examples
+@given(data=st.data())
+def test_scans_match_the_reference(grid, data):
+    width = data.draw(st.floats(17, 30) if grid else st.floats(3, 12))
+    height = data.draw(st.floats(3, 30) if grid else st.floats(3, 12))
+    n_agents, n_obstacles = data.draw(st.integers(12, 25) if grid else st.integers(1, 12)), data.draw(st.integers(0, 2))
+    vector = make(2, n_agents=n_agents, n_obstacles=n_obstacles + 10 * grid, width=width, height=height)
+    assert (vector.params.lidar_cells > 3) == grid
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    low, high = np.array([RADIUS, RADIUS]), np.array([width, height]) - RADIUS
+    position = rng.uniform(low, high, (2, n_agents, 2))
+    if data.draw(st.booleans()):  # a crowd, robots inside one another too
+        position[:] = np.clip(position[:, :1] + rng.normal(0, 0.6, position.shape), low, high)
+    heading = rng.uniform(-math.pi, math.pi, (2, n_agents))
+    sizes = rng.uniform(0, 0.5, (2, n_obstacles + 10 * grid, 1))
+    obstacle = np.concatenate([rng.uniform(0, [width, height], (*sizes.shape[:2], 2)), sizes], axis=-1)
+    observations, _ = vector.reset(seed=0, options={"position": position, "heading": heading, "obstacle": obstacle})
+    for env in range(2):
+        expected, margin = readings(position[env], heading[env], obstacle[env], width, height)
+        error = np.abs(observations[env, :, :RAYS] - expected)
+        assert error[margin > 1e-5].max() < 3e-5 and (margin > 1e-5).mean() > 0.9
+        assert (observations[env, :, :RAYS][(expected == 1) & (margin > 1e-5)] == 1).all()
+
+
+def test_the_scans_of_a_hundred_robots_under_way_match_the_reference():
+    vector = make(n_agents=100, n_obstacles=40, width=30, height=18)
+    vector.reset(seed=3)
+    assert vector.params.lidar_cells > 7 and vector.params.contact_cells > 7
+    observations = play(vector, random_actions(vector, 30, low=-0.3))[-1][0]
+    state = vector.get_state()
+    expected, margin = readings(state["position"][0], headings(vector)[0], state["obstacle"][0], 30, 18)
+    assert np.abs(observations[0, :, :RAYS] - expected)[margin > 1e-5].max() < 3e-5
+    assert 0.1 < (expected < 1).mean() < 0.9
+
+
+@pytest.mark.parametrize("k", [1, 5, 16, 31])
+def test_turning_the_body_turns_the_scan_and_the_goal(k):
+    vector = make(n_agents=8)
+    observations, _ = vector.reset(seed=1)
+    state = vector.get_state()
+    start = {name: state[name] for name in ("position", "goal", "obstacle")}
+    turned, _ = vector.reset(options=start | {"heading": headings(vector) + 2 * math.pi * k / RAYS})
+    np.testing.assert_allclose(turned[..., :RAYS], np.roll(observations[..., :RAYS], -k, axis=-1), atol=2e-3)
+    angle = 2 * math.pi * k / RAYS
+    forward, left = observations[..., 34], observations[..., 35]
+    np.testing.assert_allclose(turned[..., 34], math.cos(angle) * forward + math.sin(angle) * left, atol=1e-6)
+    np.testing.assert_allclose(turned[..., 35], math.cos(angle) * left - math.sin(angle) * forward, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Motion
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@examples
+@given(st.lists(st.tuples(st.floats(-1.5, 1.5), st.floats(-1.5, 1.5)), min_size=1, max_size=6), st.floats(-3, 3))
+def test_motion_matches_the_differential_equation(actions, heading):
+    vector, start = alone()
+    vector.reset(seed=0, options=start | {"position": [[[10, 10]]], "heading": [[heading]]})
+    for action in np.float32(actions):
+        state = vector.get_state()
+        expected = drive(*state["position"][0, 0], headings(vector)[0, 0], state["wheel"][0, 0], action, steps=40)
+        observations = vector.step(action[None, None])[0][0, 0]
+        state = vector.get_state()
+        assert np.abs(state["position"][0, 0] - expected[:2]).max() < 1e-5
+        np.testing.assert_allclose(state["direction"][0, 0], [math.cos(expected[2]), math.sin(expected[2])], atol=1e-7)
+        np.testing.assert_allclose(state["wheel"][0, 0], expected[3:], atol=1e-7)
+        left, right = expected[3:]
+        np.testing.assert_allclose(observations[32:34], [(left + right) / 2, (right - left) / 2], atol=1e-6)
+
+
+def test_full_speed_ahead_and_on_the_spot():
+    vector, start = alone()
+    vector.reset(seed=0, options=start | {"position": [[[2, 10]]], "heading": [[0]]})
+    play(vector, np.ones((100, 1, 1, 2)))
+    x, y = vector.get_state()["position"][0, 0]
+    assert x == pytest.approx(2 + 5 - LAG, abs=1e-9) and y == pytest.approx(10, abs=1e-12)  # the lag costs 0.1 s
+    vector.reset(seed=0, options=start | {"position": [[[2, 10]]], "heading": [[0]]})
+    play(vector, np.tile([-1.0, 1.0], (100, 1, 1, 1)))
+    np.testing.assert_allclose(vector.get_state()["position"][0, 0], [2, 10], atol=1e-12)
+    turned = 2 / AXLE * (5 - LAG)
+    assert math.cos(headings(vector)[0, 0] - turned) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_steady_arc_is_exact():
+    vector, start = alone()
+    vector.reset(seed=0, options=start | {"position": [[[10, 10]]], "heading": [[0.4]]})
+    vector.set_state(vector.get_state() | {"wheel": np.array([[[0.5, 0.75]]])})  # a circle of radius 0.5, left
+    play(vector, np.tile([0.5, 0.75], (37, 1, 1, 1)))
+    turned = 37 * DT * 0.25 / AXLE
+    expected = 10 + 0.5 * np.array([math.sin(0.4 + turned) - math.sin(0.4), math.cos(0.4) - math.cos(0.4 + turned)])
+    np.testing.assert_allclose(vector.get_state()["position"][0, 0], expected, atol=1e-7)
+
+
+def test_free_robots_never_slip_sideways():
+    vector = make(4, n_agents=10)
+    vector.reset(seed=2)
+    free_steps = 0
+    for action in random_actions(vector, 200, low=-0.2):
+        before = vector.get_state()
+        vector.step(action)
+        after = vector.get_state()
+        free = ~after["contact"]
+        moved = (after["position"] - before["position"])[free]
+        middle = (after["direction"] + before["direction"])[free]  # of an arc
+        middle /= np.linalg.norm(middle, axis=-1, keepdims=True)
+        sideways = np.abs(moved[:, 1] * middle[:, 0] - moved[:, 0] * middle[:, 1])
+        assert sideways.max() < 2e-3  # wheels that change their speed bend the arc by so little
+        free_steps += free.sum()
+    assert free_steps > 4000
+
+
+def test_actions_beyond_the_bounds_act_as_the_bounds():
+    within, beyond = make(2), make(2)
+    within.reset(seed=0), beyond.reset(seed=0)
+    for action in 3 * random_actions(within, 20):
+        assert same(within.step(np.clip(action, -1, 1)), beyond.step(action))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contacts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_robot_that_drives_into_a_wall_stops_there_and_pays_on_every_step():
+    vector, start = alone(progress_weight=0, time_weight=0, collision_weight=0.5)
+    vector.reset(seed=0, options=start | {"position": [[[19.5, 10]]], "heading": [[0]], "goal": [[[1, 1]]]})
+    rewards = [vector.step(np.ones((1, 1, 2)))[1][0, 0] for _ in range(40)]
+    observations = vector.step(np.ones((1, 1, 2)))[0]
+    np.testing.assert_allclose(vector.get_state()["position"], [[[19.9, 10]]], atol=1e-12)
+    assert rewards[0] == 0 and rewards[-20:] == [-0.5] * 20
+    assert abs(observations[0, 0, 32]) < 1e-6  # it gets nowhere, so its wheels stand
+    assert observations[0, 0, 0] == pytest.approx(0.1 / 3, abs=1e-6)
+
+
+def test_a_robot_slides_along_a_wall_that_it_meets_at_an_angle():
+    vector, start = alone()
+    vector.reset(seed=0, options=start | {"position": [[[19.9, 5]]], "heading": [[math.pi / 3]]})
+    observations = play(vector, np.ones((40, 1, 1, 2)))[-1][0]
+    x, y = vector.get_state()["position"][0, 0]
+    assert x == pytest.approx(19.9, abs=1e-12) and y > 5.5
+    before = y
+    vector.step(np.ones((1, 1, 2)))
+    along = (vector.get_state()["position"][0, 0, 1] - before) / DT
+    assert observations[0, 0, 32] == pytest.approx(along * math.sin(math.pi / 3), abs=1e-3)
+
+
+def test_two_robots_that_meet_share_the_push_and_an_obstacle_does_not_yield():
+    vector, start = alone(2)
+    start |= {"position": [[[9.9, 10], [10.09, 10]]], "heading": [[0, 1]]}
+    vector.reset(seed=0, options=start)
+    vector.step(np.zeros((1, 2, 2)))
+    np.testing.assert_allclose(vector.get_state()["position"][0], [[9.895, 10], [10.095, 10]], atol=1e-9)
+    assert vector.get_state()["contact"].all()
+    vector.step(np.zeros((1, 2, 2)))
+    vector.step(np.zeros((1, 2, 2)))
+    assert not vector.get_state()["contact"].any()
+    vector, start = alone(1, [(10, 10, 0.3)])
+    vector.reset(seed=0, options=start | {"position": [[[10, 10.35]]]})
+    vector.step(np.zeros((1, 1, 2)))
+    np.testing.assert_allclose(vector.get_state()["position"][0], [[10, 10.4]], atol=1e-9)
+    assert vector.get_state()["contact"].all()
+
+
+def test_robots_on_one_spot_and_in_the_centre_of_an_obstacle_get_clear():
+    vector, start = alone(12, [(10, 10, 0.5)])
+    start |= {"position": [[[10, 10]] + [[5, 5]] * 11]}
+    vector.reset(seed=0, options=start)
+    play(vector, np.zeros((10, 1, 12, 2)))
+    assert deepest_overlap(vector) < 1e-3
+
+
+@pytest.mark.parametrize("n_agents", [10, 50])
+@pytest.mark.parametrize("target", [(4, 3), (0, 0), (8, 6), (4, 0), (8, 3)])
+def test_a_crowd_does_not_overlap_and_never_crosses_a_wall(n_agents, target):
+    vector = make(n_agents=n_agents, collision_weight=1)
+    vector.reset(seed=4)
+    contacts = 0
+    for _ in range(250):
+        vector.step(chase(vector, np.array(target)))
+        position = vector.get_state()["position"]
+        assert (position >= RADIUS).all() and (position <= np.array([8, 6]) - RADIUS).all()
+        assert deepest_overlap(vector) < (1e-3 if n_agents == 50 else 2e-4)
+        contacts += vector.get_state()["contact"].sum()
+    assert contacts > 10 * n_agents
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(n_agents=60, n_obstacles=40, width=25, height=12)])
+def test_robots_are_in_contact_when_their_way_would_overlap_something_and_else_move_freely(sizes):
+    vector = make(n_agents=sizes.pop("n_agents", 25), **sizes)
+    vector.reset(seed=6)
+    seen = set()
+    for action in random_actions(vector, 60, low=0.0):
+        before, heading = vector.get_state(), headings(vector)
+        vector.step(action)
+        after = vector.get_state()
+        free = np.array(
+            [
+                drive(*before["position"][0, i], heading[0, i], before["wheel"][0, i], action[0, i], steps=20)[:2]
+                for i in range(action.shape[1])
+            ]
+        )
+        obstacle = after["obstacle"][0]
+        gaps = np.linalg.norm(free[:, None] - free, axis=-1) - 2 * RADIUS
+        np.fill_diagonal(gaps, math.inf)
+        obstacle_gaps = np.linalg.norm(free[:, None] - obstacle[:, :2], axis=-1) - obstacle[:, 2] - RADIUS
+        walls = np.minimum(free, np.array([vector.params.width, vector.params.height]) - free) - RADIUS
+        nearest = np.minimum(np.minimum(gaps.min(1), obstacle_gaps.min(1)), walls.min(1))
+        contact = after["contact"][0]
+        assert contact[nearest < -DEPTH - 2e-5].all()
+        clear = nearest > 0.15  # nobody who is pushed can push these
+        assert not contact[clear].any()
+        assert np.abs(after["position"][0] - free)[clear].max(initial=0) < 1e-5
+        if (nearest > -DEPTH + 2e-5).all():
+            assert not contact.any()
+        seen |= set(contact)
+    assert seen == {False, True}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Goals, rewards and statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_goal_is_observed_forward_and_left_over_one_plus_its_distance():
+    vector, start = alone()
+    start |= {"position": [[[10, 10]]], "heading": [[math.pi / 2]], "goal": [[[9, 13]]]}
+    goal = vector.reset(seed=0, options=start)[0][0, 0, 34:]
+    np.testing.assert_allclose(goal, np.array([3, 1]) / (1 + math.sqrt(10)), atol=1e-7)
+
+
+def test_progress_telescopes_and_an_arrival_brings_a_new_goal_in_the_same_step():
+    vector, start = alone(time_weight=0, arrival_weight=10, goal_visible_steps=3)
+    start |= {"position": [[[10, 10]]], "heading": [[0]], "goal": [[[12, 10]]]}
+    vector.reset(seed=0, options=start)
+    total = 0.0
+    after = vector.get_state()
+    while after["elapsed"][0] < 100:
+        before = after["goal"]
+        observations, rewards, _, _, _ = vector.step(np.ones((1, 1, 2)))
+        after = vector.get_state()
+        total += rewards[0, 0]
+        if not np.array_equal(after["goal"], before):
+            break
+        assert np.hypot(*(after["position"] - before)[0, 0]) > GOAL_RADIUS
+    left_over = np.hypot(*(after["position"] - before)[0, 0])
+    assert left_over <= GOAL_RADIUS and 30 < after["elapsed"][0] < 45
+    assert total == pytest.approx(2 - left_over + 10, abs=1e-5)
+    way = (after["goal"] - after["position"])[0, 0]
+    assert np.hypot(*way) >= 1.0
+    np.testing.assert_allclose(observations[0, 0, 34:], way / (1 + np.hypot(*way)), atol=1e-6)  # heading 0, and shown
+
+
+@pytest.mark.parametrize("visible", [1, 2, 7])
+def test_a_goal_is_shown_for_its_first_observations_and_then_hidden(visible):
+    vector, always = make(2, goal_visible_steps=visible, max_steps=20), make(2, max_steps=20)
+    observations, shown = vector.reset(seed=0)[0], always.reset(seed=0)[0]
+    age = np.zeros((2, 10), int)
+    for action in random_actions(vector, 45, low=-0.5):
+        hidden = age >= visible
+        assert (observations[hidden][:, 34:] == 0).all() and (observations[~hidden][:, 34:] != 0).all()
+        expected = np.where(hidden[..., None], 0, shown[..., 34:])
+        assert np.array_equal(observations[..., 34:], expected)
+        assert np.array_equal(observations[..., :34], shown[..., :34])
+        goal = vector.get_state()["goal"]
+        (observations, _, _, truncations, _), (shown, _, _, _, _) = vector.step(action), always.step(action)
+        arrived = (vector.get_state()["goal"] != goal).any(-1)
+        age = np.where(arrived | truncations[:, None], 0, age + 1)
+
+
+@pytest.mark.parametrize(
+    "weights", [{}, dict(progress_weight=0.3, arrival_weight=5, collision_weight=2, time_weight=1)]
+)
+def test_statistics_match_loops_over_the_trajectories(weights):
+    num_envs, n_agents, steps = 3, 12, 400
+    sizes = dict(n_agents=n_agents, n_obstacles=12) | weights
+    vector, endless = make(num_envs, max_steps=steps, **sizes), make(num_envs, max_steps=steps + 1, **sizes)
+    policy = envs.lidar_policy(vector, width=0.05, brake=0.01)  # reckless enough to collide
+    observations, infos = vector.reset(seed=8)
+    endless.reset(seed=8)
+    given = dict(progress=1.0, arrival=2.0, collision=0.2, time=0.01)
+    given |= {name.removesuffix("_weight"): value for name, value in weights.items()}
+    expected = [dict.fromkeys(vector.stat_names, 0.0) for _ in range(num_envs)]
+    straight, driven, goals, onsets, contacts = (np.zeros(num_envs) for _ in range(5))
+    begun, way = endless.get_state()["position"].copy(), np.zeros((num_envs, n_agents))
+    for _ in range(steps):
+        before, actions = endless.get_state(), policy(observations, infos)
+        rewards = endless.step(actions)[1]
+        after = endless.get_state()
+        observations, same_rewards, _, truncations, infos = vector.step(actions)
+        assert np.array_equal(rewards, same_rewards)
+        for env in range(num_envs):
+            expected[env]["l"] += 1
+            for i in range(n_agents):
+                old, new, goal = before["position"][env, i], after["position"][env, i], before["goal"][env, i]
+                contact, arrived = float(after["contact"][env, i]), math.dist(new, goal) <= GOAL_RADIUS
+                assert arrived == (goal != after["goal"][env, i]).any()
+                progress = math.dist(old, goal) - math.dist(new, goal)
+                terms = dict(progress=progress, arrival=float(arrived), collision=-contact, time=-1.0)
+                for name in TERMS:
+                    expected[env]["reward_" + name] += given[name] * terms[name] / n_agents
+                reward = sum(given[name] * terms[name] for name in TERMS)
+                assert rewards[env, i] == pytest.approx(reward, abs=1e-6)
+                expected[env]["r"] += reward / n_agents
+                way[env, i] += math.dist(old, new)
+                onsets[env] += contact and not before["contact"][env, i]
+                contacts[env] += contact
+                if arrived:
+                    goals[env] += 1
+                    straight[env] += math.dist(begun[env, i], goal) - GOAL_RADIUS
+                    driven[env] += way[env, i]
+                    begun[env, i], way[env, i] = new, 0.0
+    assert truncations.all() and (goals > 20).all() and (onsets > 5).all() and (contacts > onsets).all()
+    for env in range(num_envs):
+        expected[env] |= {
+            "goals": goals[env] / n_agents,
+            "collisions": onsets[env] / n_agents,
+            "collisions_per_goal": onsets[env] / goals[env],
+            "path_efficiency": straight[env] / driven[env],
+            "contact": contacts[env] / (steps * n_agents),
+        }
+        episode = {name: infos["episode"][name][env] for name in vector.stat_names}
+        assert episode == pytest.approx(expected[env], abs=1e-9)
+        assert sum(episode["reward_" + name] for name in TERMS) == pytest.approx(episode["r"], abs=1e-9)
+
+
+def test_statistics_of_an_episode_in_which_nothing_happens():
+    vector, start = alone(max_steps=5)
+    vector.reset(seed=0, options=start | {"position": [[[5, 5]]], "goal": [[[15, 15]]]})
+    episode = play(vector, np.zeros((5, 1, 1, 2)))[-1][4]["episode"]
+    expected = dict.fromkeys(vector.stat_names, 0.0) | {"r": -0.05, "l": 5, "reward_time": -0.05}
+    assert {name: episode[name][0] for name in vector.stat_names} == pytest.approx(expected, abs=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(n_agents=50), dict(n_obstacles=15), dict(n_obstacles=15, n_agents=120)])
+def test_starts_keep_their_distances(sizes):
+    vector = make(40, **sizes)
+    vector.reset(seed=0)
+    state, corner = vector.get_state(), np.array([8, 6])
+    for position, goal, obstacle in zip(state["position"], state["goal"], state["obstacle"], strict=True):
+        assert (obstacle[:, 2] >= 0.2).all() and (obstacle[:, 2] <= 0.5).all()
+        between = (
+            np.linalg.norm(obstacle[:, None, :2] - obstacle[:, :2], axis=-1) - obstacle[:, None, 2] - obstacle[:, 2]
+        )
+        np.fill_diagonal(between, math.inf)
+        walls = np.minimum(obstacle[:, :2], corner - obstacle[:, :2]).min(axis=-1) - obstacle[:, 2]
+        assert min(between.min(), walls.min()) >= 0.3 - 1e-12
+        apart = np.linalg.norm(position[:, None] - position, axis=-1)
+        np.fill_diagonal(apart, math.inf)
+        assert apart.min() >= 0.3 - 1e-12
+        for points in (position, goal):
+            assert (points >= 0.5).all() and (points <= corner - 0.5).all()
+            gaps = np.linalg.norm(points[:, None] - obstacle[:, :2], axis=-1) - obstacle[:, 2]
+            assert gaps.min() >= 0.2 - 1e-12
+        assert np.linalg.norm(goal - position, axis=-1).min() >= 1.0
+    assert not state["wheel"].any() and not state["contact"].any()
+    assert len(np.unique(np.round(headings(vector), 9))) == headings(vector).size
+    radii = state["obstacle"][..., 2]
+    assert radii.min() < 0.25 and radii.max() > 0.4
+
+
+def test_the_smallest_arena_with_all_that_it_holds_never_hangs():
+    vector = make(50, width=3, height=3, n_agents=14, n_obstacles=2, max_steps=3)
+    vector.reset(seed=0)
+    play(vector, random_actions(vector, 20))
+    assert np.isfinite(vector.get_state()["position"]).all()
+
+
+def test_any_part_of_a_start_can_be_given_and_the_rest_is_random():
+    vector = make(2, n_agents=4, n_obstacles=3, max_steps=2)
+    vector.reset(seed=5)
+    state = vector.get_state()
+    parts = {name: state[name] for name in ("position", "goal", "obstacle")} | {"heading": headings(vector)}
+    for name, value in parts.items():
+        other = make(2, n_agents=4, n_obstacles=3, max_steps=2)
+        other.reset(seed=6, options={name: value})
+        given = other.get_state() | {"heading": headings(other)}
+        np.testing.assert_allclose(given[name], value, atol=1e-12)
+        assert all(not np.array_equal(given[rest], value) for rest, value in parts.items() if rest != name)
+        assert np.linalg.norm(given["goal"] - given["position"], axis=-1).min() >= (name != "goal")
+        play(other, random_actions(other, 2))
+        assert not np.allclose(other.get_state()["obstacle"], given["obstacle"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contract: symmetry, randomness, workers, autoreset, state, arguments, pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(n_agents=60, n_obstacles=30, width=20, height=15)])
+def test_renaming_the_robots_renames_everything(sizes):
+    vector, renamed = make(**sizes), make(**sizes)
+    vector.reset(seed=1)
+    state = vector.get_state()
+    n_agents = state["position"].shape[1]
+    names = np.random.default_rng(0).permutation(n_agents)
+    per_robot = ("position", "direction", "wheel", "contact", "goal", "goal_age", "straight", "driven")
+    renamed.reset(seed=1)
+    renamed.set_state(state | {name: state[name][:, names] for name in per_robot})
+    for action in random_actions(vector, 25, low=-0.2):
+        before = vector.get_state()["goal"]
+        a, b = vector.step(action), renamed.step(action[:, names])
+        if not np.array_equal(before, vector.get_state()["goal"]):
+            break  # new goals are drawn in the robots' order
+        np.testing.assert_allclose(a[0][:, names], b[0], atol=2e-3)
+        np.testing.assert_allclose(a[1][:, names], b[1], atol=1e-6)
+        np.testing.assert_allclose(vector.get_state()["position"][:, names], renamed.get_state()["position"], atol=1e-7)
+    assert vector.get_state()["elapsed"][0] > 5
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another():
+    runs = []
+    for seed in (3, 3, 4):
+        vector = make(3, max_steps=15)
+        runs.append((vector.reset(seed=seed), play(vector, random_actions(vector, 40))))
+    assert same(runs[0], runs[1]) and not same(runs[0][0], runs[2][0])
+    position = runs[0][0][0]
+    assert not np.array_equal(position[0], position[1])
+
+
+def test_any_number_of_workers_gives_the_same_run():
+    runs = []
+    for num_workers in (0, 1, 2):
+        vector = envs.make_vec("LidarNavigation", 3, num_workers, max_steps=15, render_mode="rgb_array")
+        start = vector.reset(seed=3)
+        runs.append((start, play(vector, random_actions(vector, 40)), vector.get_state(), vector.render()))
+        vector.close()
+    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
+
+
+def test_the_step_that_ends_an_episode_returns_its_last_observation_and_the_next_ones_first():
+    short, long = make(2, max_steps=7), make(2, max_steps=1000)
+    short.reset(seed=0), long.reset(seed=0)
+    actions = random_actions(short, 7)
+    *_, before = play(short, actions[:6])
+    *_, expected = play(long, actions)
+    assert "final_obs" not in before[4] and not before[3].any()
+    observations, rewards, terminations, truncations, infos = short.step(actions[6])
+    assert truncations.all() and not terminations.any() and infos["_final_obs"].all() and infos["_episode"].all()
+    assert np.array_equal(infos["final_obs"], expected[0]) and np.array_equal(rewards, expected[1])
+    assert (observations[..., 32:34] == 0).all() and not np.array_equal(observations, expected[0])
+    assert list(infos["episode"]) == list(short.stat_names)
+    assert short.get_state()["elapsed"].tolist() == [0, 0] and not short.get_state()["totals"].any()
+
+
+def test_set_state_goes_on_bit_for_bit():
+    vector = make(3, max_steps=30, goal_visible_steps=2)
+    vector.reset(seed=9)
+    actions = random_actions(vector, 80, low=-0.2)
+    *_, (observations, _, _, _, infos) = play(vector, actions[:20])
+    state = vector.get_state()
+    expected = play(vector, actions[20:])
+    for other in (vector, make(3, max_steps=30, goal_visible_steps=2)):
+        assert same(other.set_state(state), (observations, {}))
+        assert same(play(other, actions[20:]), expected)
+
+
+@pytest.mark.parametrize("goal_visible_steps", [None, 5])
+def test_observations_lie_in_the_declared_space(goal_visible_steps):
+    vector = make(4, n_agents=30, goal_visible_steps=goal_visible_steps)
+    assert vector.single_observation_space.shape == (30, 36) and vector.single_action_space.shape == (30, 2)
+    observations, _ = vector.reset(seed=0)
+    for action in random_actions(vector, 200, low=-0.5):
+        assert vector.observation_space.contains(observations)
+        observations, rewards, _, _, _ = vector.step(action)
+        assert rewards.dtype == np.float32 and rewards.shape == (4, 30)
+
+
+BAD_ARGUMENTS = [
+    *(("n_agents", value) for value in (0, -1, 2.5, True, "10", None, 124)),
+    *(("n_obstacles", value) for value in (-1, 1.5, None, 16)),
+    *((name, value) for name in ("width", "height") for value in (2.9, -1, math.nan, math.inf, "8", None)),
+    *(("max_steps", value) for value in (0, 10.0, None)),
+    *(("goal_visible_steps", value) for value in (0, -1, 1.5, True)),
+    *((f"{term}_weight", value) for term in TERMS for value in (math.nan, math.inf, "1", None)),
+    *(("render_mode", value) for value in ("x", 1)),
+    *(("num_envs", value) for value in (0, 1.5)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=[f"{name}={value!r}" for name, value in BAD_ARGUMENTS])
+def test_a_bad_argument_is_named_with_its_value(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}: .*(must be|at most)"):
+        make(**({"num_envs": 1} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("positions", np.ones((1, 2, 2)), "positions"),
+        ("position", np.ones((1, 2)), r"\['position'\] has shape \(1, 2\).*\(1, 2, 2\)"),
+        ("position", [[[1, 1], [0.05, 1]]], r"\['position'\]\[0, 1, 0\] is 0.05: it must be from 0.1 to 7.9"),
+        ("position", [[[1, 5.95], [1, 1]]], r"\['position'\]\[0, 0, 1\] is 5.95: it must be from 0.1 to 5.9"),
+        ("position", np.full((1, 2, 2), math.nan), "NaN"),
+        ("goal", [[[1, 1], [8.5, 1]]], r"\['goal'\]\[0, 1, 0\] is 8.5: it must be from 0 to 8"),
+        ("goal", [[[1, -1], [1, 1]]], r"\['goal'\]\[0, 0, 1\] is -1"),
+        ("heading", np.zeros((1, 3)), r"\['heading'\] has shape"),
+        ("obstacle", [[[1, 1, 0.6]]], r"\['obstacle'\]\[0, 0, 2\] is 0.6: it must be from 0 to 0.5"),
+        ("obstacle", [[[1, 1, -0.1]]], r"\['obstacle'\]\[0, 0, 2\] is -0.1"),
+        ("obstacle", [[[1, 6.1, 0.3]]], r"\['obstacle'\]\[0, 0, 1\] is 6.1: it must be from 0 to 6"),
+    ],
+)
+def test_bad_options_are_named_and_leave_the_episode_going(name, value, message):
+    vector = make(n_agents=2, n_obstacles=1)
+    vector.reset(seed=0)
+    before = vector.get_state()
+    with pytest.raises(ValueError, match=f"options.*{message}"):
+        vector.reset(seed=1, options={name: value})
+    assert same(vector.get_state(), before)
+
+
+@pytest.mark.parametrize("actions", [np.zeros((1, 10)), np.full((1, 10, 2), math.nan), np.zeros((1, 10, 1)), "go"])
+def test_bad_actions_are_named(actions):
+    vector = make()
+    vector.reset(seed=0)
+    with pytest.raises(ValueError, match="^actions"):
+        vector.step(actions)
+
+
+def test_the_picture_shows_robots_goals_obstacles_and_rays_where_they_are():
+    vector = make(n_agents=2, n_obstacles=1, render_mode="rgb_array")
+    start = {"position": [[[2, 3], [6, 5]]], "heading": [[0.0, math.pi]], "goal": [[[1, 1], [7, 1]]]}
+    vector.reset(seed=0, options=start | {"obstacle": [[[4, 2, 0.5]]]})
+    picture = vector.render()[0].astype(int)
+    assert picture.shape == (384, 512, 3)
+
+    def pixel(x, y):
+        return picture[round((6 - y) * 64), round(x * 64)]
+
+    red, cyan = np.array([204, 41, 41]), np.array([41, 204, 204])
+    assert np.abs(pixel(2, 3.06) - red).max() < 10 and np.abs(pixel(6, 5.06) - cyan).max() < 10
+    assert (pixel(2.05, 3) > 200).all() and (pixel(5.95, 5) > 200).all()  # the marks
+    assert np.abs(pixel(1.24, 1) - red).max() < 120 and (pixel(1, 1) == 255).all()  # a ring
+    assert np.abs(pixel(7.24, 1) - cyan).max() < 120
+    assert len(set(pixel(4, 2))) == 1 and 150 < pixel(4, 2)[0] < 200
+    ray = picture[188:197, 192].min(axis=0)  # straight ahead of the first robot, a pixel wide
+    assert ray[0] > 250 and 180 < ray[1] < 240
+    assert (pixel(5, 4) == 255).all()
+
+
+def test_the_baseline_drives_to_many_goals_and_rarely_collides():
+    scores = {}
+    for name, (policy, kwargs) in envs.baselines("LidarNavigation").items():
+        scores[name], _, _ = envs.evaluate(policy, "LidarNavigation", 8, seed=1, **kwargs)
+    assert scores["lidar"]["goals"].mean() > 4.5 > 0.2 > scores["random"]["goals"].mean()
+    assert scores["lidar"]["collisions_per_goal"].mean() < 0.3
+    assert scores["lidar"]["path_efficiency"].mean() > 0.8
+
+
+def test_the_baseline_remembers_a_hidden_goal():
+    stats, _, _ = envs.evaluate(envs.lidar_policy, "LidarNavigation", 8, seed=1, goal_visible_steps=1)
+    assert stats["goals"].mean() > 4
