@@ -884,23 +884,25 @@ def _overlaps(x, y, radius, disc, count):
 
 
 @kernel
-def _set_goal(env, i, n_obstacles, width, height, disc, position, goal, goal_age, straight, driven, rng):
-    """A new goal for robot i, clear of obstacles; the distance asked for shrinks as tries fail."""
+def _set_goal(env, i, params, state, disc):
+    """A new goal for robot i, clear of the obstacles in `disc`; the distance asked for shrinks as tries fail."""
+    position, goal, rng, n_obstacles = state.position[env], state.goal[env], state.rng, state.obstacle.shape[1]
     for attempt in range(PLACING_TRIES):
-        x = _uniform(rng, env, SPAWN_MARGIN, width - SPAWN_MARGIN)
-        y = _uniform(rng, env, SPAWN_MARGIN, height - SPAWN_MARGIN)
-        goal[env, i, 0], goal[env, i, 1] = x, y
-        distance = math.hypot(x - position[env, i, 0], y - position[env, i, 1])
+        x = _uniform(rng, env, SPAWN_MARGIN, params.width - SPAWN_MARGIN)
+        y = _uniform(rng, env, SPAWN_MARGIN, params.height - SPAWN_MARGIN)
+        goal[i, 0], goal[i, 1] = x, y
+        distance = math.hypot(x - position[i, 0], y - position[i, 1])
         far = distance >= GOAL_DISTANCE * (1.0 - attempt / PLACING_TRIES)
         if far and not _overlaps(x, y, ROBOT_RADIUS + SPAWN_GAP, disc, n_obstacles):
             break
-    _begin_leg(env, i, position, goal, goal_age, straight, driven)
+    _begin_leg(env, i, state)
 
 
 @kernel
-def _begin_leg(env, i, position, goal, goal_age, straight, driven):
-    distance = math.hypot(goal[env, i, 0] - position[env, i, 0], goal[env, i, 1] - position[env, i, 1])
-    straight[env, i], driven[env, i], goal_age[env, i] = max(distance - GOAL_RADIUS, 0.0), 0.0, 0
+def _begin_leg(env, i, state):
+    position, goal = state.position[env], state.goal[env]
+    distance = math.hypot(goal[i, 0] - position[i, 0], goal[i, 1] - position[i, 1])
+    state.straight[env, i], state.driven[env, i], state.goal_age[env, i] = max(distance - GOAL_RADIUS, 0.0), 0.0, 0
 
 
 @kernel
@@ -934,11 +936,10 @@ def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals,
             heading = _uniform(rng, env, -math.pi, math.pi)
             direction[i, 0], direction[i, 1] = math.cos(heading), math.sin(heading)
     for i in range(position.shape[0]):
-        leg = state.position, state.goal, state.goal_age, state.straight, state.driven
         if draw_goals:
-            _set_goal(env, i, n_obstacles, width, height, disc, *leg, rng)
+            _set_goal(env, i, params, state, disc)
         else:
-            _begin_leg(env, i, *leg)
+            _begin_leg(env, i, state)
     state.wheel[env] = 0.0
     state.contact[env] = False
     state.elapsed[env] = 0
@@ -1040,7 +1041,7 @@ def _lidar_contacts(env, params, state, scratch):
 def _lidar_reward(env, params, state, scratch, outputs):
     """Rewards and statistics of the step, and a new goal for whoever has arrived."""
     position, goal, before, terms, totals = state.position, state.goal, scratch.before, scratch.terms, state.totals
-    n_agents, n_obstacles = position.shape[1], state.obstacle.shape[1]
+    n_agents = position.shape[1]
     for i in range(n_agents):
         old = math.sqrt((goal[env, i, 0] - before[i, 0]) ** 2 + (goal[env, i, 1] - before[i, 1]) ** 2)
         distance = math.sqrt(
@@ -1060,10 +1061,7 @@ def _lidar_reward(env, params, state, scratch, outputs):
             totals[env, 2] += 1.0
             totals[env, 4] += state.straight[env, i]
             totals[env, 5] += state.driven[env, i]
-            _set_goal(
-                env, i, n_obstacles, params.width, params.height, scratch.disc, position, goal, state.goal_age,
-                state.straight, state.driven, state.rng,
-            )  # fmt: skip
+            _set_goal(env, i, params, state, scratch.disc)
     totals[env, 1] += 1.0
     for i in range(n_agents):
         outputs.rewards[env, i] = 0.0
