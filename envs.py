@@ -6,6 +6,7 @@ In order, each section complete in itself:
     Randomness      one counter-based generator per environment
     Swarm           flocking in a periodic box: constants, state, kernels, class
     LidarNavigation robots with wheels and a lidar among walls and obstacles: the same
+    VmasNavigation  the navigation scenario of VMAS, step for step
     Baselines       the Vicsek model, a lidar driver and random actions, as policies
     Evaluation      held-out episodes, the comparison table, plot and side-by-side video
     Runs            files that survive a crash, and finding the unfinished run to go on with
@@ -54,7 +55,7 @@ inlined = njit(cache=True, error_model="numpy", inline="always")
 def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs):
     """Build `num_envs` environments that step together, as one `gymnasium.vector.VectorEnv`.
 
-    env_id        a native id (`Swarm`) or any id that `gymnasium.make` knows
+    env_id        a native id (NATIVE_ENVS lists them) or any id that `gymnasium.make` knows
     num_workers   processes to step in; 0 steps in this process; None picks by what is being stepped
     render_mode   None, "rgb_array" or "human"
     env_kwargs    arguments of the environment's class, or of `gymnasium.make`
@@ -1352,7 +1353,324 @@ class LidarNavigation(NativeVectorEnv):
         return pygame.surfarray.array3d(pygame.transform.flip(surface, False, True)).swapaxes(0, 1).copy()  # y is up
 
 
-NATIVE_ENVS = {"Swarm": Swarm, "LidarNavigation": LidarNavigation}
+# ----------------------------------------------------------------------------------------------------------------------
+# VmasNavigation
+# ----------------------------------------------------------------------------------------------------------------------
+# The constants are those of VMAS 1.5.2 (Bettini et al., arXiv 2207.03530): its world and its `navigation` scenario.
+
+VMAS_SUBSTEPS = 2  # of the physics in one step
+VMAS_DT = 0.05  # of a substep [time]
+VMAS_DRAG = 0.25  # share of the velocity lost in a step
+VMAS_RADIUS = 0.1  # of an agent; it has arrived with its centre this near to its goal [length]
+VMAS_GOAL_RADIUS = 0.05  # the final reward wants every agent this near [length]
+VMAS_STIFFNESS = 100.0  # force per depth of a contact; an agent's mass is 1
+VMAS_MARGIN = 1e-3  # a contact sets in softly over about this depth [length]
+VMAS_RANGE = 0.35  # of the lidar, from the agent's centre [length]
+VMAS_RAYS = 12  # of the lidar, at fixed angles in the world, the first along x
+VMAS_SPACING = 0.25  # between any two agents or goals at the start [length]
+VMAS_SPAWN_TRIES = 1000  # places tried for each of them
+VMAS_TERMS = ("progress", "final", "collision")
+VMAS_COS = np.cos(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))  # (6,), the rays of one half; the other half
+VMAS_SIN = np.sin(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))  # looks the opposite way
+
+
+class VmasParams(NamedTuple):
+    max_steps: int
+    pos_shaping_factor: float
+    final_reward: float
+    agent_collision_penalty: float
+
+
+class VmasState(NamedTuple):
+    agent_pos: np.ndarray  # (num_envs, n_agents, 2)
+    agent_vel: np.ndarray  # (num_envs, n_agents, 2)
+    goal_pos: np.ndarray  # (num_envs, n_agents, 2)
+    elapsed: np.ndarray  # (num_envs,), steps since the reset
+    totals: np.ndarray  # (num_envs, len(stat_names)), sums over the episode so far
+    rng: np.ndarray  # (num_envs, 2)
+
+
+class VmasScratch(NamedTuple):
+    force: np.ndarray  # (n_agents, 2)
+    touching: np.ndarray  # (n_agents,), how many others an agent touches
+
+
+class VmasOutputs(NamedTuple):
+    observations: np.ndarray  # (num_envs, n_agents, 6 + VMAS_RAYS)
+    final_observations: np.ndarray
+    rewards: np.ndarray  # (num_envs, n_agents)
+    terminations: np.ndarray  # (num_envs,)
+    truncations: np.ndarray  # (num_envs,)
+    stats: np.ndarray  # (num_envs, len(stat_names))
+
+
+@kernel
+def _nearest_squared(x, y, points, count, stop):
+    """The squared distance to the nearest of the first `count` points, or to the first one found within `stop`."""
+    nearest = math.inf
+    for k in range(count):
+        dx, dy = points[k, 0] - x, points[k, 1] - y
+        nearest = min(nearest, dx * dx + dy * dy)
+        if nearest < stop:
+            break
+    return nearest
+
+
+@kernel
+def _vmas_spawn(env, agents, goals, rng):
+    """All agents, then all goals, in [-1, 1]^2 and VMAS_SPACING apart; of tries that all fail, the most distant one."""
+    n_agents, tries = agents.shape[0], VMAS_SPAWN_TRIES
+    for i in range(2 * n_agents):
+        best = -1.0
+        for _ in range(tries):
+            x, y = _uniform(rng, env, -1.0, 1.0), _uniform(rng, env, -1.0, 1.0)
+            distance = _nearest_squared(x, y, agents, min(i, n_agents), best)
+            if distance > best:
+                distance = min(distance, _nearest_squared(x, y, goals, i - n_agents, best))
+            if distance > best:
+                best = distance
+                if i < n_agents:
+                    agents[i, 0], agents[i, 1] = x, y
+                else:
+                    goals[i - n_agents, 0], goals[i - n_agents, 1] = x, y
+            if best >= VMAS_SPACING**2:
+                break
+        else:
+            if i >= n_agents:
+                tries = VMAS_SPAWN_TRIES // 10  # the square is full, and the other goals will find no place either
+
+
+@inlined
+def _vmas_reset(env, state):
+    _vmas_spawn(env, state.agent_pos[env], state.goal_pos[env], state.rng)
+    state.agent_vel[env] = 0.0
+    state.elapsed[env] = 0
+    state.totals[env] = 0.0
+
+
+@kernel
+def _vmas_move(actions, position, velocity, force):
+    """One step of one world: the actions (n_agents, 2) are forces, touching agents push each other apart."""
+    n_agents = position.shape[0]
+    for substep in range(VMAS_SUBSTEPS):
+        for i in range(n_agents):
+            force[i, 0] = min(max(np.float64(actions[i, 0]), -1.0), 1.0)
+            force[i, 1] = min(max(np.float64(actions[i, 1]), -1.0), 1.0)
+        for i in range(n_agents):
+            for j in range(i):
+                dx, dy = position[i, 0] - position[j, 0], position[i, 1] - position[j, 1]
+                squared = dx * dx + dy * dy
+                if squared <= (2.0 * VMAS_RADIUS) ** 2:
+                    distance = math.sqrt(squared)
+                    if distance >= 1e-6:  # VMAS lets agents on the same spot alone
+                        depth = 2.0 * VMAS_RADIUS - distance
+                        depth += VMAS_MARGIN * math.log1p(math.exp(-depth / VMAS_MARGIN))
+                        push = VMAS_STIFFNESS * depth / distance
+                        force[i, 0], force[i, 1] = force[i, 0] + push * dx, force[i, 1] + push * dy
+                        force[j, 0], force[j, 1] = force[j, 0] - push * dx, force[j, 1] - push * dy
+        kept = 1.0 - VMAS_DRAG if substep == 0 else 1.0
+        for i in range(n_agents):
+            for axis in range(2):
+                velocity[i, axis] = kept * velocity[i, axis] + VMAS_DT * force[i, axis]
+                position[i, axis] += VMAS_DT * velocity[i, axis]
+
+
+@kernel
+def _vmas_see(dx, dy, own, other):
+    """Enter two agents, the other (dx, dy) away, in each other's lidar readings (VMAS_RAYS,).
+
+    A ray of one and the opposite ray of the other lie along parallel lines and read the same.
+    """
+    half = VMAS_RAYS // 2
+    for k in range(half):  # choices instead of branches, which would mispredict
+        along, aside = dx * VMAS_COS[k] + dy * VMAS_SIN[k], dx * VMAS_SIN[k] - dy * VMAS_COS[k]
+        chord = VMAS_RADIUS**2 - aside * aside
+        reading = VMAS_RANGE - abs(along) + math.sqrt(max(chord, 0.0))
+        reading = np.float32(reading if chord > 0.0 else 0.0)
+        ahead = reading if along > 0.0 else np.float32(0.0)
+        behind = reading if along < 0.0 else np.float32(0.0)
+        own[k], other[k + half] = max(own[k], ahead), max(other[k + half], ahead)
+        own[k + half], other[k] = max(own[k + half], behind), max(other[k], behind)
+
+
+@kernel
+def _vmas_observe(position, velocity, goal, touching, observations):
+    """What the agents of one world see, and how many others each touches."""
+    n_agents = position.shape[0]
+    for i in range(n_agents):
+        touching[i] = 0.0
+        for axis in range(2):
+            observations[i, axis] = position[i, axis]
+            observations[i, 2 + axis] = velocity[i, axis]
+            observations[i, 4 + axis] = position[i, axis] - goal[i, axis]
+        for k in range(VMAS_RAYS):
+            observations[i, 6 + k] = 0.0
+    for i in range(n_agents):
+        for j in range(i):
+            dx, dy = position[j, 0] - position[i, 0], position[j, 1] - position[i, 1]
+            squared = dx * dx + dy * dy
+            if squared < (VMAS_RANGE + VMAS_RADIUS) ** 2:
+                touch = 1.0 if squared <= (2.0 * VMAS_RADIUS) ** 2 else 0.0
+                touching[i], touching[j] = touching[i] + touch, touching[j] + touch
+                _vmas_see(dx, dy, observations[i, 6:], observations[j, 6:])
+
+
+@kernel
+def _to_goals(position, goal):
+    """The sum of the distances to the goals and the largest one; how many have arrived."""
+    total = farthest = arrived = 0.0
+    for i in range(position.shape[0]):
+        dx, dy = position[i, 0] - goal[i, 0], position[i, 1] - goal[i, 1]
+        distance = math.sqrt(dx * dx + dy * dy)
+        total, farthest = total + distance, max(farthest, distance)
+        arrived += 1.0 if distance < VMAS_RADIUS else 0.0
+    return total, farthest, arrived
+
+
+@kernel
+def _vmas_step(actions, params, state, scratch, outputs):
+    n_agents = actions.shape[1]
+    for env in range(actions.shape[0]):
+        position, velocity, goal = state.agent_pos[env], state.agent_vel[env], state.goal_pos[env]
+        observations, rewards, totals = outputs.observations[env], outputs.rewards[env], state.totals[env]
+        before, _, _ = _to_goals(position, goal)
+        _vmas_move(actions[env], position, velocity, scratch.force)
+        _vmas_observe(position, velocity, goal, scratch.touching, observations)
+        after, farthest, arrived = _to_goals(position, goal)
+
+        progress = params.pos_shaping_factor * (before - after)
+        final = params.final_reward if farthest < VMAS_GOAL_RADIUS else 0.0
+        touching = 0.0
+        for i in range(n_agents):
+            rewards[i] = progress + final + params.agent_collision_penalty * scratch.touching[i]
+            touching += scratch.touching[i] / n_agents
+        collision = params.agent_collision_penalty * touching
+        totals[0] += progress + final + collision
+        totals[1] += 1.0
+        totals[2] += touching
+        totals[3] = arrived / n_agents
+        totals[4] += progress
+        totals[5] += final
+        totals[6] += collision
+
+        state.elapsed[env] += 1
+        outputs.terminations[env] = arrived == n_agents
+        outputs.truncations[env] = state.elapsed[env] >= params.max_steps
+        if outputs.terminations[env] or outputs.truncations[env]:
+            outputs.final_observations[env] = observations
+            outputs.stats[env] = totals
+            outputs.stats[env, 2] /= totals[1]
+            _vmas_reset(env, state)
+            _vmas_observe(position, velocity, goal, scratch.touching, observations)
+
+
+class VmasNavigation(NativeVectorEnv):
+    """The `navigation` scenario of VMAS 1.5.2 with its default arguments: discs on their way to goals of their own.
+
+    Step for step the same as VMAS for the same start and actions, to within its float32 rounding, but for one thing:
+    VMAS also penalises two agents up to 0.005 apart if some other environment of the batch has the same two touching.
+    Here, as in VMAS with one environment, only those that touch pay, and no environment looks at another.
+
+    Action (num_envs, n_agents, 2): the force on the agent along x and y, in [-1, 1]; more acts as the bound.
+    Observation (num_envs, n_agents, 18), in the frame of the world: position, velocity, position minus goal, then 12
+    lidar readings 30 degrees apart, the first along x. A reading is 0.35 - (distance to the nearest other agent's edge
+    along that ray), 0 if that is farther than 0.35; it exceeds 0.35, by up to 0.1, only inside another agent.
+    Agents are discs of radius 0.1 that push each other apart, goals are no obstacles, and the world has no walls.
+
+    Reward of an agent, the sum of these terms:
+
+        progress    pos_shaping_factor * the decrease of the distance to the goal, summed over all agents
+        final       final_reward when all agents are within 0.05 of their goals
+        collision   agent_collision_penalty for each other agent that it touches (centres at most 0.2 apart)
+
+    Terminates when all agents are within 0.1 of their goals (so that few episodes see the final reward); truncates at
+    `max_steps`, 100 as in TorchRL's tutorial, where VMAS has no limit. Starts at rest, positions and then goals uniform
+    in [-1, 1]^2, all of them at least 0.25 apart. From about 22 agents on there is not always room for that: where VMAS
+    searches for ever, the place farthest from all others is taken of 1,000 tried (100 once a goal has found none).
+
+    Episode statistics: "r" and "l" (r is the mean over agents); "collisions", others touched, mean over agents and
+    steps; "arrived", the share of agents within 0.1 of their goals at the end; and "reward_<term>", which add up to r.
+
+    `reset(options={"agent_pos", "agent_vel", "goal_pos"})`, each (num_envs, n_agents, 2), gives any part of the start
+    as it is; the rest, and the episodes after it, start at random.
+    """
+
+    stat_names = ("r", "l", "collisions", "arrived", *(f"reward_{term}" for term in VMAS_TERMS))
+
+    def __init__(
+        self,
+        num_envs=1,
+        n_agents=3,
+        max_steps=100,
+        pos_shaping_factor=1.0,
+        final_reward=0.01,
+        agent_collision_penalty=-1.0,
+        render_mode=None,
+        first_env=0,
+    ):
+        n_agents = _integer("n_agents", n_agents, 1, 50)  # every pair is looked at, and more would not fit the square
+        self.params = VmasParams(
+            max_steps=_integer("max_steps", max_steps, 1),
+            pos_shaping_factor=_number("pos_shaping_factor", pos_shaping_factor),
+            final_reward=_number("final_reward", final_reward),
+            agent_collision_penalty=_number("agent_collision_penalty", agent_collision_penalty),
+        )
+        low = np.float32([-np.inf] * 6 + [0.0] * VMAS_RAYS)
+        high = np.float32([np.inf] * 6 + [VMAS_RANGE + VMAS_RADIUS] * VMAS_RAYS)
+        super().__init__(
+            num_envs,
+            gym.spaces.Box(np.tile(low, (n_agents, 1)), np.tile(high, (n_agents, 1)), dtype=np.float32),
+            gym.spaces.Box(-1.0, 1.0, (n_agents, 2), np.float32),
+            render_mode,
+            first_env,
+        )
+        shape = (num_envs, n_agents, 2)
+        self.start_shapes = {"agent_pos": shape, "agent_vel": shape, "goal_pos": shape}
+        self.state = VmasState(
+            agent_pos=np.zeros(shape),
+            agent_vel=np.zeros(shape),
+            goal_pos=np.zeros(shape),
+            elapsed=np.zeros(num_envs, np.int64),
+            totals=np.zeros((num_envs, len(self.stat_names))),
+            rng=np.zeros((num_envs, 2), np.int64),
+        )
+        self.scratch = VmasScratch(force=np.zeros((n_agents, 2)), touching=np.zeros(n_agents))
+
+    def restart(self, start):
+        for env in range(self.num_envs):
+            _vmas_reset(env, self.state)
+        for name, array in start.items():
+            getattr(self.state, name)[...] = array
+
+    def observe(self):
+        position, velocity, goal = self.state.agent_pos, self.state.agent_vel, self.state.goal_pos
+        for env, observations in enumerate(self.buffers["observations"]):
+            _vmas_observe(position[env], velocity[env], goal[env], self.scratch.touching, observations)
+
+    def advance(self, actions):
+        _vmas_step(actions, self.params, self.state, self.scratch, VmasOutputs(**self.buffers))
+
+    def draw(self, env, size=384):
+        """Agents as discs, their goals as rings of the same colour, lidar ranges faint; size x size pixels."""
+        import pygame
+
+        position, goal = self.state.agent_pos[env], self.state.goal_pos[env]
+        half = max(1.2, np.abs(np.concatenate([position, goal])).max() + 2.0 * VMAS_RADIUS)  # all of it is in view
+        scale = size / half  # drawn at twice the size, then smoothed
+        surface = pygame.Surface((2 * size, 2 * size))
+        surface.fill("white")
+        for x, y in scale * (position + half):
+            pygame.draw.circle(surface, "gray88", (x, y), scale * VMAS_RANGE, 2)
+        for i, (spot, ring) in enumerate(zip(scale * (position + half), scale * (goal + half), strict=True)):
+            color = pygame.Color(0)
+            color.hsva = (360.0 * i / len(position), 85, 80, 100)
+            pygame.draw.circle(surface, color, spot.tolist(), scale * VMAS_RADIUS)
+            pygame.draw.circle(surface, color, ring.tolist(), scale * VMAS_RADIUS, 5)
+        surface = pygame.transform.flip(pygame.transform.smoothscale(surface, (size, size)), False, True)  # y is up
+        return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
+
+
+NATIVE_ENVS = {"Swarm": Swarm, "LidarNavigation": LidarNavigation, "VmasNavigation": VmasNavigation}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1478,27 +1796,27 @@ def evaluate(make_policy, env_id, num_episodes, seed, record=False, **env_kwargs
 def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
     """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
 
-    Returns (scores, table): the mean reward per step of each, and the whole comparison as Markdown, mean and standard
-    deviation over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and `eval.mp4` (the
+    Returns (scores, table): the mean return of each, and the whole comparison as Markdown, mean and standard deviation
+    over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and `eval.mp4` (the
     first episode of each, side by side).
     """
     entries = {name: (make_policy, env_kwargs) for name, make_policy in policies.items()}
     entries |= baselines(env_id, **env_kwargs)
     results = {name: evaluate(make, env_id, num_episodes, seed, **kwargs) for name, (make, kwargs) in entries.items()}
-    scores = {name: float((stats["r"] / stats["l"]).mean()) for name, (stats, _, _) in results.items()}
+    scores = {name: float(stats["r"].mean()) for name, (stats, _, _) in results.items()}
     names = next(iter(results.values()))[0]
     metrics = [
         name for name in names if name not in ("r", "l") and any(stats[name].any() for stats, _, _ in results.values())
     ]
-    lines = [f"| policy | reward per step | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    lines = [f"| policy | return | reward per step | {' | '.join(metrics)} |", "|---" * (len(metrics) + 3) + "|"]
     for name, (stats, _, _) in results.items():
-        columns = [stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
+        columns = [stats["r"], stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
         lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
     if folder is not None:
         _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
         videos = {}
         for name, (make_policy, kwargs) in entries.items():
-            videos[f"{name}   {scores[name]:.3f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
+            videos[f"{name}   {scores[name]:.1f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
         write_video(videos, f"{folder}/eval.mp4")
     return scores, "\n".join(lines)
 

@@ -1,10 +1,10 @@
 """PPO for swarms: one policy, run by every agent on what it sees itself.
 
-    python ppo_swarm.py                                    train on Swarm with 10 agents, then compare with Vicsek
-    python ppo_swarm.py --n-agents 40 --policy attention   a larger swarm that passes messages
-    python ppo_swarm.py --critic central                   MAPPO: a critic that sees the whole swarm
-    python ppo_swarm.py --evaluate runs/NAME/model.pt --n-agents 100
-    torchrun --nproc-per-node 2 ppo_swarm.py               data-parallel: each process has environments of its own
+    python ppo_swarm.py                         train on Swarm with 10 agents, then compare with Vicsek
+        --n-agents 40 --policy attention        a larger swarm that passes messages
+        --critic central                        MAPPO: a critic that sees the whole swarm
+        --evaluate runs/NAME/model.pt --n-agents 100
+    torchrun --nproc-per-node 2 ppo_swarm.py    data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
 The algorithm is clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv
@@ -102,10 +102,8 @@ class Args:
         for name, (low, high) in ((name, limit) for names, limit in limits.items() for name in names.split()):
             if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
-        if (swarms := self.num_steps * self.num_envs) % self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches is {self.num_minibatches}: it must divide {swarms}, num_steps * num_envs"
-            )
+        if self.num_steps * self.num_envs % self.num_minibatches:
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
         if "n_agents" in self.env_kwargs:
             raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
@@ -191,7 +189,7 @@ class Agent(nn.Module):
         features = self.critic(obs, neighbors)
         if self.central:
             features = torch.cat([features, features.mean(dim=1, keepdim=True).expand_as(features)], dim=-1)
-        return self.critic_value(features).squeeze(-1)  # (batch, n_agents)
+        return self.critic_value(features).view(obs.shape[:-1])
 
     def get_policy(self, obs, neighbors):
         mean = self.actor_mean(self.actor(obs, neighbors))
@@ -334,6 +332,14 @@ if __name__ == "__main__":
     if num_iterations < 1:
         raise ValueError(f"total_timesteps is {args.total_timesteps}: one rollout already has {steps_per_iteration}")
 
+    # Storage
+    shape = (args.num_steps, args.num_envs, args.n_agents)
+    obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
+    neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
+    raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
+    logprobs, rewards, final_values = (torch.zeros(shape, device=device) for _ in range(3))
+    dones = torch.zeros(shape[:2], device=device)
+
     # The run's folder, a new one or an unfinished run's
     run = [*open_run(asdict(args), world_size)] if rank == 0 else [None, None]
     if world_size > 1:
@@ -367,14 +373,6 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
-    # Storage
-    shape = (args.num_steps, args.num_envs, args.n_agents)
-    obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
-    neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
-    raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
-    logprobs, rewards, final_values = (torch.zeros(shape, device=device) for _ in range(3))
-    dones = torch.zeros(shape[:2], device=device)
-
     stopping, finished, start_time = False, iteration == num_iterations, time.time()
     total = num_iterations * steps_per_iteration
     progress = tqdm(total=total, initial=global_step, unit_scale=True, disable=rank > 0)
@@ -400,7 +398,8 @@ if __name__ == "__main__":
             cut_off = truncations & ~terminations  # (num_envs,)
             if cut_off.any():
                 with torch.no_grad():
-                    final_value = agent.get_value(*to_tensors(infos["final_obs"], infos["final_info"], device))
+                    final = to_tensors(infos["final_obs"], infos["final_info"], device)
+                    final_value = agent.get_value(*final)
                 final_values[step, cut_off] = final_value[cut_off]
             for name, value in infos.get("episode", {}).items():
                 episodes.setdefault(name, []).extend(value[infos["_episode"]])
@@ -418,7 +417,7 @@ if __name__ == "__main__":
         minibatches = (
             mb_inds
             for _ in range(args.update_epochs)
-            for mb_inds in torch.randperm(batch_size).to(device).chunk(args.num_minibatches)
+            for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches)
         )
         losses, logratios = [], []  # of every minibatch
         for mb_inds in minibatches:
@@ -426,7 +425,7 @@ if __name__ == "__main__":
             mb_obs, mb_neighbors = b_obs.index_select(0, mb_inds), b_neighbors.index_select(0, mb_inds)
             policy, newvalue = agent.get_policy(mb_obs, mb_neighbors), agent.get_value(mb_obs, mb_neighbors)
             logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
-            ratio = logratio.exp()  # (minibatch, n_agents)
+            ratio = logratio.exp()  # (minibatch, ..., n_agents)
             mb_advantages = b_advantages[mb_inds]
             if args.norm_adv:
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
@@ -459,7 +458,7 @@ if __name__ == "__main__":
         if rank == 0:
             loss_names, losses = ("value_loss", "policy_loss", "entropy"), torch.stack(losses).mean(0)
             scalars = {f"losses/{name}": loss for name, loss in zip(loss_names, losses, strict=True)}
-            logratio = torch.stack(logratios)  # (minibatches, minibatch, n_agents)
+            logratio = torch.stack(logratios)
             scalars["losses/old_approx_kl"] = (-logratio).mean()
             scalars["losses/approx_kl"] = approx_kl(logratio)
             scalars["losses/clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()

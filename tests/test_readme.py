@@ -1,5 +1,6 @@
 """What the README shows works as shown."""
 
+import ast
 import os
 import re
 import subprocess
@@ -33,3 +34,15 @@ def test_the_commands_that_the_readme_shows_have_only_arguments_that_exist():
 
     flags = {flag.replace("-", "_") for flag in re.findall(r"ppo_swarm\.py[^\n]*?--([a-z-]+)", README)}
     assert len(flags) >= 3 and flags <= set(Args.__dataclass_fields__)
+
+
+def test_envs_gives_no_name_twice():
+    # A kernel reads a global when it is first compiled, after the whole file: a second meaning would change the first.
+    tree = ast.parse((ROOT / "envs.py").read_text())
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    assert len(names) > 50 and len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
