@@ -7,13 +7,15 @@ In order, each section complete in itself:
     Swarm           flocking in a periodic box: constants, state, kernels, class
     LidarNavigation robots with wheels and a lidar among walls and obstacles: the same
     VmasNavigation  the navigation scenario of VMAS, step for step
+    Lunar Lander    Gymnasium's LunarLander-v3, its Box2D physics included: the same parts
     Baselines       the Vicsek model, a lidar driver and random actions, as policies
     Evaluation      held-out episodes, the comparison table, plot and side-by-side video
     Runs            files that survive a crash, and finding the unfinished run to go on with
     Vectorizer      any environment on a pool of forked workers, batches in shared memory
 
 Units: lengths in the environment's own unit, angles in radians, times in its own or in steps. Arrays are C-contiguous;
-`num_envs` comes first, then `n_agents`. Everything a policy sees or gives is float32; physics is float64.
+`num_envs` comes first, then `n_agents`. Everything a policy sees or gives is float32; physics is float64,
+but Box2D's float32 in Lunar Lander.
 """
 
 import contextlib
@@ -1670,7 +1672,1390 @@ class VmasNavigation(NativeVectorEnv):
         return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
 
 
-NATIVE_ENVS = {"Swarm": Swarm, "LidarNavigation": LidarNavigation, "VmasNavigation": VmasNavigation}
+# ----------------------------------------------------------------------------------------------------------------------
+# Lunar Lander
+# ----------------------------------------------------------------------------------------------------------------------
+# Gymnasium's LunarLander-v3 without Box2D. The kernels do what Box2D 2.3 does for this one scene, three bodies on two
+# joints above ten edges, operation by operation in its order and in its float32, so that the same draws give the same
+# flight. Each names the part of Box2D that it stands for. The ground does not move: its terms are left out throughout.
+
+# Without reference counts on arrays, which cost more than the physics here; such a function cannot allocate.
+uncounted = njit(cache=True, error_model="numpy", _nrt=False)
+
+f32 = np.float32
+ZERO, ONE, TWO, HALF = f32(0.0), f32(1.0), f32(2.0), f32(0.5)
+LANDER_FPS = 50  # steps per second
+PIXELS = 30.0  # per metre, Gymnasium's SCALE
+MOON_WIDTH, MOON_HEIGHT = 600 / PIXELS, 400 / PIXELS  # what is seen of it [m]
+CHUNKS = 10  # edges of the terrain, all equally wide
+CHUNK_WIDTH = f32(MOON_WIDTH / CHUNKS)
+PAD_HEIGHT = MOON_HEIGHT / 4
+LARGEST_PUSH = 1000.0  # on the lander during the first step, along each axis [N]
+MAIN_ENGINE_POWER, SIDE_ENGINE_POWER = 13.0, 0.6  # impulse per metre that the thruster is off the centre [kg / s]
+MAIN_ENGINE_DOWN, SIDE_ENGINE_UP, SIDE_ENGINE_AWAY = 4 / PIXELS, 14 / PIXELS, 12 / PIXELS  # [m]
+LEG_AWAY, LEG_DOWN = 20 / PIXELS, 18 / PIXELS  # from a leg's middle to its joint, which is the lander's origin [m]
+LEG_TILT = 0.05  # of a leg when its joint reads zero [rad]
+
+# b2Settings.h
+TIME_STEP = f32(1 / LANDER_FPS)
+VELOCITY_ITERATIONS, POSITION_ITERATIONS, TOI_POSITION_ITERATIONS = 180, 60, 20
+BOX2D_PI = f32(3.14159265359)
+LINEAR_SLOP, ANGULAR_SLOP = f32(0.005), TWO / f32(180.0) * BOX2D_PI
+SKIN = TWO * LINEAR_SLOP  # shapes are thicker than their outlines by this much [m]
+BAUMGARTE, TOI_BAUMGARTE = f32(0.2), f32(0.75)
+MAX_CORRECTION, MAX_ANGULAR_CORRECTION = f32(0.2), f32(8.0) / f32(180.0) * BOX2D_PI
+MAX_TRANSLATION, MAX_ROTATION = f32(2.0), HALF * BOX2D_PI  # in one step
+SLEEP_SPEED, SLEEP_SPIN, SLEEP_TIME = f32(0.01), ANGULAR_SLOP, f32(0.5)
+MAX_CONDITION = f32(1000.0)
+TOI_TARGET, TOI_TOLERANCE = LINEAR_SLOP, f32(0.25) * LINEAR_SLOP  # distance at which two outlines have hit [m]
+TOI_ITERATIONS, TOI_PUSHES, TOI_ROOT_ITERATIONS, TOI_HITS = 20, 16, 50, 8
+TOI_END = ONE - f32(10.0) * np.finfo(f32).eps
+
+# The bodies: the lander, and its legs, first the right one. Outlines run anticlockwise; columns are x and y.
+LANDER = 0
+N_BODIES, N_LEGS = 3, 2
+LEG_SIGN = np.array([-1, 1], f32)  # Gymnasium's i
+HULL = np.array([(17, -10), (17, 0), (14, 17), (-14, 17), (-17, 0), (-17, -10)]) / PIXELS
+LEG = np.array([(-2, -8), (2, -8), (2, 8), (-2, 8)]) / PIXELS
+N_CORNERS = np.array([6, 4, 4])
+CORNERS = np.array([HULL, np.pad(LEG, ((0, 2), (0, 0))), np.pad(LEG, ((0, 2), (0, 0)))], f32)  # (3, 6, 2) [m]
+FACES = np.zeros((3, 6, 2), f32)  # outward normals; face i goes from corner i to the next
+for body, n in enumerate(N_CORNERS):
+    along = np.roll(CORNERS[body, :n], -1, axis=0) - CORNERS[body, :n]
+    FACES[body, :n] = along[:, ::-1] * f32([1, -1]) * (ONE / np.sqrt((along**2).sum(axis=1, keepdims=True)))
+MASS = np.array([4.8166666, 0.07111112, 0.07111112], f32)  # as Box2D has it from these outlines [kg]
+INERTIA = np.array([0.7838807, 0.0017909470, 0.0017909470], f32)  # about the centre of mass [kg m^2]
+CENTER = np.array([0.10130719, 0.0, 0.0], f32)  # height of the centre of mass above the body's origin [m]
+INV_MASS, INV_INERTIA = ONE / MASS, ONE / INERTIA
+FRICTION = np.sqrt(np.array([0.1, 0.2, 0.2], f32) * f32(0.1))
+REACH = f32(0.8)  # from the lander's origin to any point of the legs, and then some [chunks]
+BODY_REACH = np.array([0.75, 0.3, 0.3], f32)  # from a centre of mass to the farthest corner, and then some [m]
+SOLVE_ORDER = np.array([2, 0, 1])  # in which Box2D comes upon the contacts of the bodies
+NO_IMPULSE = np.zeros((3, 2, 2, 2), f32)
+
+# Joints: motors press the legs outwards, against these limits.
+MOTOR_SPEED = LEG_SIGN * f32(0.3)  # [rad / s]
+MAX_MOTOR_IMPULSE = TIME_STEP * f32(40.0)
+LOWER_ANGLE, UPPER_ANGLE = np.array([0.9 - 0.5, -0.9], f32), np.array([0.9, -0.9 + 0.5], f32)
+LEG_REFERENCE = LEG_SIGN * f32(LEG_TILT)
+LEG_ANCHOR = np.array([[-LEG_AWAY, LEG_DOWN], [LEG_AWAY, LEG_DOWN]], f32)
+
+# Throttles of the discrete actions: nothing, left engine, main engine, right engine.
+THROTTLES = np.array([(0, 0), (0, -1), (1, 0), (0, 1)], np.float32)
+
+X, Y, ANGLE = range(3)  # columns of poses and velocities
+LIMIT, MOTOR = 2, 3  # columns of a joint's impulses; the first two are X and Y
+
+# What the velocity iterations work on, row by row; each row has a number for every lane.
+LANES = 32  # landers solved at once: two of the widest vectors, so that one's arithmetic hides the other's latency
+VELOCITY = 0  # 3 rows per body
+IMPULSE = VELOCITY + 9  # 4 per joint
+JOINT = IMPULSE + 8  # per joint:
+AX, AY, BX, BY, K11, K12, K13, K22, K23, K33, INV_DET2, INV_DET3, C1, C2, C3, MOTOR_MASS, STATE = range(17)
+JOINT_ROWS = 17
+CONTACT = JOINT + 2 * JOINT_ROWS  # per body and slot:
+NORMAL_X, NORMAL_Y, N11, N12, N22, M11, M12, M22, TWO_POINTS = range(9)
+ARM_X, ARM_Y, NORMAL_MASS, TANGENT_MASS, NORMAL_IMPULSE, TANGENT_IMPULSE = range(9, 15)  # and 6 rows on for point 2
+POINT_ROWS, CONTACT_ROWS = 6, 21
+ROWS = CONTACT + 6 * CONTACT_ROWS
+
+LOCAL_NX, LOCAL_NY, LOCAL_X, LOCAL_Y, POINT_X, POINT_Y = range(6)  # columns of manifolds; point 2 two columns on
+# Integer columns of manifolds: points found and points solved, place among the contacts of its lane, hits in this step.
+KIND, POINTS, SOLVED, PLACE, HITS = range(5)
+ON_EDGE, ON_BODY = range(2)  # kinds: whose face the contact lies on
+
+
+class LanderParams(NamedTuple):
+    gravity: float  # [m / s^2]
+    wind_power: float  # largest force [N]; 0 without wind
+    turbulence_power: float  # largest torque [N m]
+    enable_wind: bool
+    randomize_spawn: bool
+    sparse_reward: bool
+    max_steps: int
+
+
+class LanderState(NamedTuple):
+    terrain: np.ndarray  # (num_envs, CHUNKS + 1), heights [m]
+    pose: np.ndarray  # (num_envs, 3, 3), x, y of each body's centre of mass [m] and its angle [rad]
+    velocity: np.ndarray  # (num_envs, 3, 3), of the same
+    joint_impulse: np.ndarray  # (num_envs, 2, 4), x, y, limit and motor, of the last step
+    joint_limit: np.ndarray  # (num_envs, 2), -1 at its lower limit, 1 at its upper, 0 between
+    touched: np.ndarray  # (num_envs, 3, 2), the edges that each body touches, even and odd ones; -1 where none
+    feature: np.ndarray  # (num_envs, 3, 2, 2), which corners and faces each contact point is made of; -1 where none
+    contact_impulse: np.ndarray  # (num_envs, 3, 2, 2, 2), along the normal and the tangent, of the last step
+    legs_down: np.ndarray  # (num_envs, 2)
+    crashed: np.ndarray  # (num_envs,)
+    still: np.ndarray  # (num_envs, 3), how long each body has been at rest [s]
+    push: np.ndarray  # (num_envs, 2), force on the lander during the coming step [N]
+    wind: np.ndarray  # (num_envs, 2), counters of the wind and of the turbulence
+    throttle: np.ndarray  # (num_envs, 2), of the last step, for the picture
+    shaping: np.ndarray  # (num_envs,), potential of the reward
+    elapsed: np.ndarray  # (num_envs,), steps since the reset
+    totals: np.ndarray  # (num_envs, 2), return and length of the episode so far
+    rng: np.ndarray  # (num_envs, 2)
+
+
+class LanderScratch(NamedTuple):
+    """Room for one step of as many environments as there are lanes, used again for the next."""
+
+    queue: np.ndarray  # (num_envs,), the order in which environments go into lanes
+    lane_env: np.ndarray  # (LANES,), which environment is in it
+    fresh: np.ndarray  # (LANES,), whether it takes the first step, that belongs to the reset
+    near: np.ndarray  # (LANES,), whether it may touch the ground in this step
+    solving: np.ndarray  # (6,), how many lanes have a first and a second contact of each body
+    rows: np.ndarray  # (ROWS * LANES,), what the velocity iterations work on
+    start: np.ndarray  # (LANES, 3, 3), poses before the step
+    contact: np.ndarray  # (LANES, 6, 8), manifolds, for body and slot
+    contact_kind: np.ndarray  # (LANES, 6, 5)
+    rotation: np.ndarray  # (3, 2), cos and sin of the angles
+    corners: np.ndarray  # (6, 2), of one body [m]
+    faces: np.ndarray  # (6, 2), their normals
+    impact_rows: np.ndarray  # (ROWS * LANES,), for one body that hit the ground
+    heights: np.ndarray  # (CHUNKS + 2,), the terrain before smoothing [m]
+    sight: np.ndarray  # (8,), the observation in float64
+
+
+class LanderOutputs(NamedTuple):
+    observations: np.ndarray  # (num_envs, 8)
+    final_observations: np.ndarray
+    rewards: np.ndarray  # (num_envs,)
+    terminations: np.ndarray
+    truncations: np.ndarray
+    stats: np.ndarray  # (num_envs, len(stat_names))
+
+
+@uncounted
+def _clamp(x, low, high):
+    return min(max(x, low), high)
+
+
+@uncounted
+def _joint_prepare(k, lane, pose, velocity, rotation, impulse, limit, rows):
+    """b2RevoluteJoint::InitVelocityConstraints: effective masses, limit, warm start."""
+    b, at = 1 + k, (JOINT + k * JOINT_ROWS) * LANES + lane
+    cos_a, sin_a, cos_b, sin_b = rotation[0, 0], rotation[0, 1], rotation[b, 0], rotation[b, 1]
+    ax, ay = sin_a * CENTER[0], -(cos_a * CENTER[0])
+    bx = cos_b * LEG_ANCHOR[k, 0] - sin_b * LEG_ANCHOR[k, 1]
+    by = sin_b * LEG_ANCHOR[k, 0] + cos_b * LEG_ANCHOR[k, 1]
+    m_a, m_b, i_a, i_b = INV_MASS[0], INV_MASS[b], INV_INERTIA[0], INV_INERTIA[b]
+    k11 = m_a + m_b + ay * ay * i_a + by * by * i_b
+    k12 = -ay * ax * i_a - by * bx * i_b
+    k13 = -ay * i_a - by * i_b
+    k22 = m_a + m_b + ax * ax * i_a + bx * bx * i_b
+    k23 = ax * i_a + bx * i_b
+    k33 = i_a + i_b
+    c1, c2, c3 = k22 * k33 - k23 * k23, k23 * k13 - k12 * k33, k12 * k23 - k22 * k13
+
+    angle = pose[b, ANGLE] - pose[0, ANGLE] - LEG_REFERENCE[k]
+    state = -1 if angle <= LOWER_ANGLE[k] else 1 if angle >= UPPER_ANGLE[k] else 0
+    if state == 0 or state != limit[k]:
+        impulse[k, LIMIT] = ZERO
+    limit[k] = state
+    x, y, turn = impulse[k, X], impulse[k, Y], impulse[k, MOTOR]
+    velocity[0, X] -= m_a * x
+    velocity[0, Y] -= m_a * y
+    velocity[0, ANGLE] -= i_a * (ax * y - ay * x + turn + impulse[k, LIMIT])
+    velocity[b, X] += m_b * x
+    velocity[b, Y] += m_b * y
+    velocity[b, ANGLE] += i_b * (bx * y - by * x + turn + impulse[k, LIMIT])
+
+    rows[at + AX * LANES], rows[at + AY * LANES] = ax, ay
+    rows[at + BX * LANES], rows[at + BY * LANES] = bx, by
+    rows[at + K11 * LANES], rows[at + K12 * LANES], rows[at + K13 * LANES] = k11, k12, k13
+    rows[at + K22 * LANES], rows[at + K23 * LANES], rows[at + K33 * LANES] = k22, k23, k33
+    rows[at + C1 * LANES], rows[at + C2 * LANES], rows[at + C3 * LANES] = c1, c2, c3
+    rows[at + INV_DET2 * LANES] = ONE / (k11 * k22 - k12 * k12)
+    rows[at + INV_DET3 * LANES] = ONE / (k11 * c1 + k12 * c2 + k13 * c3)
+    rows[at + MOTOR_MASS * LANES] = ONE / k33
+    rows[at + STATE * LANES] = f32(state)
+
+
+@inlined
+def _joint_velocity(k, rows):
+    """b2RevoluteJoint::SolveVelocityConstraints in all lanes: the motor, then limit and hinge together.
+
+    Like all that is done to lanes, without branches and without calls that take an array: then it becomes vector code.
+    """
+    b = 1 + k
+    m_a, m_b, i_a, i_b = INV_MASS[0], INV_MASS[b], INV_INERTIA[0], INV_INERTIA[b]
+    for lane in range(LANES):
+        at_a, at_b = VELOCITY * LANES + lane, (VELOCITY + 3 * b) * LANES + lane
+        at_i, at = (IMPULSE + 4 * k) * LANES + lane, (JOINT + k * JOINT_ROWS) * LANES + lane
+        ax, ay, bx, by = rows[at + AX * LANES], rows[at + AY * LANES], rows[at + BX * LANES], rows[at + BY * LANES]
+        k11, k12, k13 = rows[at + K11 * LANES], rows[at + K12 * LANES], rows[at + K13 * LANES]
+        k22, k23, k33 = rows[at + K22 * LANES], rows[at + K23 * LANES], rows[at + K33 * LANES]
+        inv2, inv3, state = rows[at + INV_DET2 * LANES], rows[at + INV_DET3 * LANES], rows[at + STATE * LANES]
+        vx_a, vy_a, w_a = rows[at_a + X * LANES], rows[at_a + Y * LANES], rows[at_a + ANGLE * LANES]
+        vx_b, vy_b, w_b = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
+
+        old = rows[at_i + MOTOR * LANES]
+        new = _clamp(
+            old - rows[at + MOTOR_MASS * LANES] * (w_b - w_a - MOTOR_SPEED[k]), -MAX_MOTOR_IMPULSE, MAX_MOTOR_IMPULSE
+        )
+        rows[at_i + MOTOR * LANES] = new
+        w_a -= i_a * (new - old)
+        w_b += i_b * (new - old)
+
+        dx, dy, spin = vx_b - w_b * by - vx_a + w_a * ay, vy_b + w_b * bx - vy_a - w_a * ax, w_b - w_a
+        x3 = -(inv3 * (dx * rows[at + C1 * LANES] + dy * rows[at + C2 * LANES] + spin * rows[at + C3 * LANES]))
+        y3 = -(inv3 * (k11 * (dy * k33 - spin * k23) + k12 * (spin * k13 - dx * k33) + k13 * (dx * k23 - dy * k13)))
+        turn = -(inv3 * (k11 * (k22 * spin - k23 * dy) + k12 * (k23 * dx - k12 * spin) + k13 * (k12 * dy - k22 * dx)))
+        limit = rows[at_i + LIMIT * LANES]
+        held = (state != ZERO) & (state * (limit + turn) <= ZERO)  # a limit pushes, and never pulls
+        dx, dy = dx - limit * k13, dy - limit * k23
+        x2, y2 = inv2 * (k22 * -dx - k12 * -dy), inv2 * (k11 * -dy - k12 * -dx)
+        x, y, turn = x3 if held else x2, y3 if held else y2, turn if held else -limit
+        rows[at_i + X * LANES] += x
+        rows[at_i + Y * LANES] += y
+        rows[at_i + LIMIT * LANES] = limit + turn
+        rows[at_a + X * LANES] = vx_a - m_a * x
+        rows[at_a + Y * LANES] = vy_a - m_a * y
+        rows[at_a + ANGLE * LANES] = w_a - i_a * (ax * y - ay * x + turn)
+        rows[at_b + X * LANES] = vx_b + m_b * x
+        rows[at_b + Y * LANES] = vy_b + m_b * y
+        rows[at_b + ANGLE * LANES] = w_b + i_b * (bx * y - by * x + turn)
+
+
+@uncounted
+def _joint_position(k, pose, limit):
+    """b2RevoluteJoint::SolvePositionConstraints: pull limit and hinge together; True if they were near enough."""
+    b = 1 + k
+    m_a, m_b, i_a, i_b = INV_MASS[0], INV_MASS[b], INV_INERTIA[0], INV_INERTIA[b]
+    angle_a, angle_b = pose[0, ANGLE], pose[b, ANGLE]
+    angular_error = ZERO
+    if limit[k] != 0:
+        angle = angle_b - angle_a - LEG_REFERENCE[k]
+        if limit[k] < 0:
+            c = angle - LOWER_ANGLE[k]
+            angular_error = -c
+            c = _clamp(c + ANGULAR_SLOP, -MAX_ANGULAR_CORRECTION, ZERO)
+        else:
+            c = angle - UPPER_ANGLE[k]
+            angular_error = c
+            c = _clamp(c - ANGULAR_SLOP, ZERO, MAX_ANGULAR_CORRECTION)
+        turn = -(ONE / (i_a + i_b)) * c
+        angle_a -= i_a * turn
+        angle_b += i_b * turn
+    cos_a, sin_a, cos_b, sin_b = math.cos(angle_a), math.sin(angle_a), math.cos(angle_b), math.sin(angle_b)
+    ax, ay = sin_a * CENTER[0], -(cos_a * CENTER[0])
+    bx = cos_b * LEG_ANCHOR[k, 0] - sin_b * LEG_ANCHOR[k, 1]
+    by = sin_b * LEG_ANCHOR[k, 0] + cos_b * LEG_ANCHOR[k, 1]
+    dx, dy = pose[b, X] + bx - pose[0, X] - ax, pose[b, Y] + by - pose[0, Y] - ay
+    k11 = m_a + m_b + i_a * ay * ay + i_b * by * by
+    k12 = -i_a * ax * ay - i_b * bx * by
+    k22 = m_a + m_b + i_a * ax * ax + i_b * bx * bx
+    inv = ONE / (k11 * k22 - k12 * k12)
+    x, y = -(inv * (k22 * dx - k12 * dy)), -(inv * (k11 * dy - k12 * dx))
+    pose[0, X] -= m_a * x
+    pose[0, Y] -= m_a * y
+    pose[0, ANGLE] = angle_a - i_a * (ax * y - ay * x)
+    pose[b, X] += m_b * x
+    pose[b, Y] += m_b * y
+    pose[b, ANGLE] = angle_b + i_b * (bx * y - by * x)
+    return math.sqrt(dx * dx + dy * dy) <= LINEAR_SLOP and angular_error <= ANGULAR_SLOP
+
+
+@uncounted
+def _outline(b, cos, sin, x, y, corners, faces):
+    """Corners and face normals in the world, of a body whose centre of mass is at x, y."""
+    x, y = x + sin * CENTER[b], y - cos * CENTER[b]
+    for i in range(N_CORNERS[b]):
+        corners[i, 0] = cos * CORNERS[b, i, 0] - sin * CORNERS[b, i, 1] + x
+        corners[i, 1] = sin * CORNERS[b, i, 0] + cos * CORNERS[b, i, 1] + y
+        faces[i, 0] = cos * FACES[b, i, 0] - sin * FACES[b, i, 1]
+        faces[i, 1] = sin * FACES[b, i, 0] + cos * FACES[b, i, 1]
+
+
+@uncounted
+def _clip(nx, ny, offset, face, x1, y1, id1, x2, y2, id2):
+    """b2ClipSegmentToLine: the segment behind a line; False as the first value if nothing is left."""
+    d1, d2 = nx * x1 + ny * y1 - offset, nx * x2 + ny * y2 - offset
+    if d1 > ZERO and d2 > ZERO:
+        return False, x1, y1, id1, x2, y2, id2
+    if d1 * d2 < ZERO:
+        t = d1 / (d1 - d2)
+        x, y, new = x1 + t * (x2 - x1), y1 + t * (y2 - y1), face + 8 * (id1 // 8 % 8) + 128
+        if d1 > ZERO:  # what is behind the line comes first
+            x1, y1, id1 = x2, y2, id2
+        return True, x1, y1, id1, x, y, new
+    return d1 <= ZERO and d2 <= ZERO, x1, y1, id1, x2, y2, id2
+
+
+@uncounted
+def _manifold(b, cos, sin, x, y, x1, y1, x2, y2, corners, faces, contact, kind, feature):
+    """b2EPCollider::Collide for one body and one edge, into one row of the contacts; the number of points."""
+    n = N_CORNERS[b]
+    feature[0] = feature[1] = -1
+    ex, ey = x2 - x1, y2 - y1
+    inv = ONE / math.sqrt(ex * ex + ey * ey)
+    ex, ey = ex * inv, ey * inv
+    nx, ny = ey, -ex
+    front = nx * (x - x1) + ny * (y - y1) >= ZERO
+    if not front:
+        nx, ny = -nx, -ny
+
+    edge_gap = f32(np.inf)
+    for i in range(n):
+        edge_gap = min(edge_gap, nx * (corners[i, 0] - x1) + ny * (corners[i, 1] - y1))
+    if edge_gap > TWO * SKIN:
+        return 0
+    body_gap, face = f32(-np.inf), 0
+    for i in range(n):
+        s1 = -faces[i, 0] * (corners[i, 0] - x1) - faces[i, 1] * (corners[i, 1] - y1)
+        s2 = -faces[i, 0] * (corners[i, 0] - x2) - faces[i, 1] * (corners[i, 1] - y2)
+        gap = min(s1, s2)
+        if gap > TWO * SKIN:
+            return 0
+        if gap > body_gap:
+            body_gap, face = gap, i
+
+    if body_gap > f32(0.98) * edge_gap + f32(0.001):
+        kind[KIND] = ON_BODY
+        after = face + 1 if face + 1 < n else 0
+        side, other = face, after
+        fx1, fy1, fx2, fy2 = corners[face, 0], corners[face, 1], corners[after, 0], corners[after, 1]
+        nx, ny = faces[face, 0], faces[face, 1]
+        px1, py1, id1, px2, py2, id2 = x1, y1, 8 * face + 128, x2, y2, 8 * face + 128
+    else:
+        kind[KIND] = ON_EDGE
+        face, least = 0, nx * faces[0, 0] + ny * faces[0, 1]
+        for i in range(1, n):
+            value = nx * faces[i, 0] + ny * faces[i, 1]
+            if value < least:
+                face, least = i, value
+        after = face + 1 if face + 1 < n else 0
+        px1, py1, id1 = corners[face, 0], corners[face, 1], 8 * face + 64
+        px2, py2, id2 = corners[after, 0], corners[after, 1], 8 * after + 64
+        side, other = (0, 1) if front else (1, 0)
+        fx1, fy1, fx2, fy2 = (x1, y1, x2, y2) if front else (x2, y2, x1, y1)
+    tx, ty = ny, -nx
+    ok, px1, py1, id1, px2, py2, id2 = _clip(tx, ty, tx * fx1 + ty * fy1, side, px1, py1, id1, px2, py2, id2)
+    if not ok:
+        return 0
+    tx, ty = -tx, -ty
+    ok, px1, py1, id1, px2, py2, id2 = _clip(tx, ty, tx * fx2 + ty * fy2, other, px1, py1, id1, px2, py2, id2)
+    if not ok:
+        return 0
+
+    if kind[KIND] == ON_EDGE:
+        contact[LOCAL_NX], contact[LOCAL_NY], contact[LOCAL_X], contact[LOCAL_Y] = nx, ny, fx1, fy1
+    else:
+        contact[LOCAL_NX], contact[LOCAL_NY] = FACES[b, side, 0], FACES[b, side, 1]
+        contact[LOCAL_X], contact[LOCAL_Y] = CORNERS[b, side, 0], CORNERS[b, side, 1]
+    points = 0
+    origin_x, origin_y = x + sin * CENTER[b], y - cos * CENTER[b]
+    for i in range(2):
+        px, py, which = (px1, py1, id1) if i == 0 else (px2, py2, id2)
+        if nx * (px - fx1) + ny * (py - fy1) <= TWO * SKIN:
+            if kind[KIND] == ON_EDGE:
+                px, py = px - origin_x, py - origin_y
+                px, py = cos * px + sin * py, -sin * px + cos * py
+            else:  # the features of body and edge change places
+                which = which // 8 % 8 + 8 * (which % 8) + 64 * (which // 128) + 128 * (which // 64 % 2)
+            contact[POINT_X + 2 * points], contact[POINT_Y + 2 * points] = px, py
+            feature[points] = which
+            points += 1
+    return points
+
+
+@uncounted
+def _update_contact(b, slot, edge, pose, rotation, terrain, corners, faces, contact, kind, touched, feature, impulse,
+                    legs_down, crashed):  # fmt: skip
+    """b2Contact::Update: the manifold, with the impulses of the points that it had before, and what begins or ends."""
+    row = 2 * b + slot
+    old0, old1 = feature[b, slot, 0], feature[b, slot, 1]
+    n0, t0, n1, t1 = impulse[b, slot, 0, 0], impulse[b, slot, 0, 1], impulse[b, slot, 1, 0], impulse[b, slot, 1, 1]
+    if touched[b, slot] != edge:
+        old0 = old1 = -1
+    x1, x2 = f32(edge) * CHUNK_WIDTH, f32(edge + 1) * CHUNK_WIDTH
+    points = _manifold(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], x1, terrain[edge], x2,
+                       terrain[edge + 1], corners, faces, contact[row], kind[row], feature[b, slot])  # fmt: skip
+    kind[row, POINTS] = points
+    for p in range(points):
+        which = feature[b, slot, p]
+        first, second = which == old0, which == old1
+        impulse[b, slot, p, 0] = n0 if first else n1 if second else ZERO
+        impulse[b, slot, p, 1] = t0 if first else t1 if second else ZERO
+    before = touched[b, slot] == edge
+    touched[b, slot] = edge if points > 0 else -1
+    if points > 0 and not before:
+        if b == LANDER:
+            crashed[0] = True
+        else:
+            legs_down[b - 1] = True
+    if before and points == 0 and b != LANDER:
+        legs_down[b - 1] = False  # even if it stands on another edge, as in Gymnasium
+
+
+@uncounted
+def _contact_prepare(b, slot, lane, pose, rotation, impulse, c, kind, rows):
+    """b2ContactSolver::InitializeVelocityConstraints and b2WorldManifold::Initialize."""
+    at = (CONTACT + kind[PLACE] * CONTACT_ROWS) * LANES + lane
+    cos, sin, points = rotation[b, 0], rotation[b, 1], kind[POINTS]
+    m_b, i_b = INV_MASS[b], INV_INERTIA[b]
+    origin_x, origin_y = pose[b, X] + sin * CENTER[b], pose[b, Y] - cos * CENTER[b]
+    nx, ny, plane_x, plane_y = c[LOCAL_NX], c[LOCAL_NY], c[LOCAL_X], c[LOCAL_Y]
+    if kind[KIND] == ON_BODY:
+        nx, ny = cos * nx - sin * ny, sin * nx + cos * ny
+        plane_x, plane_y = cos * plane_x - sin * plane_y + origin_x, sin * plane_x + cos * plane_y + origin_y
+    across0 = across1 = ZERO
+    for p in range(points):
+        px, py = c[POINT_X + 2 * p], c[POINT_Y + 2 * p]
+        if kind[KIND] == ON_EDGE:
+            px, py = cos * px - sin * py + origin_x, sin * px + cos * py + origin_y
+        depth = SKIN - ((px - plane_x) * nx + (py - plane_y) * ny)
+        px, py = HALF * (px + depth * nx + (px - SKIN * nx)), HALF * (py + depth * ny + (py - SKIN * ny))
+        rx, ry = px - pose[b, X], py - pose[b, Y]
+        across, along = rx * ny - ry * nx, rx * nx + ry * ny
+        across0, across1 = across1, across
+        of = at + POINT_ROWS * p * LANES
+        rows[of + ARM_X * LANES], rows[of + ARM_Y * LANES] = rx, ry
+        rows[of + NORMAL_MASS * LANES] = ONE / (m_b + i_b * across * across)
+        rows[of + TANGENT_MASS * LANES] = ONE / (m_b + i_b * along * along)
+        rows[of + NORMAL_IMPULSE * LANES] = impulse[b, slot, p, 0]
+        rows[of + TANGENT_IMPULSE * LANES] = impulse[b, slot, p, 1]
+    if kind[KIND] == ON_BODY:
+        nx, ny = -nx, -ny
+    rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES] = nx, ny
+    k11, k12, k22 = m_b + i_b * across0 * across0, m_b + i_b * across0 * across1, m_b + i_b * across1 * across1
+    det = k11 * k22 - k12 * k12
+    kind[SOLVED] = 2 if points == 2 and k11 * k11 < MAX_CONDITION * det else 1  # the two may be all but one
+    rows[at + TWO_POINTS * LANES] = ZERO
+    if kind[SOLVED] == 2:
+        inv = ONE / det
+        rows[at + TWO_POINTS * LANES] = ONE
+        rows[at + N11 * LANES], rows[at + N12 * LANES], rows[at + N22 * LANES] = k11, k12, k22
+        rows[at + M11 * LANES], rows[at + M12 * LANES], rows[at + M22 * LANES] = inv * k22, -inv * k12, inv * k11
+    else:
+        for r in range(ARM_X + POINT_ROWS, CONTACT_ROWS):
+            rows[at + r * LANES] = ZERO
+
+
+@uncounted
+def _contact_warm_start(b, place, lane, velocity, rows):
+    """b2ContactSolver::WarmStart."""
+    at = (CONTACT + place * CONTACT_ROWS) * LANES + lane
+    nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
+    for p in range(2):
+        of = at + POINT_ROWS * p * LANES
+        normal, tangent = rows[of + NORMAL_IMPULSE * LANES], rows[of + TANGENT_IMPULSE * LANES]
+        x, y = normal * nx + tangent * ny, normal * ny - tangent * nx
+        velocity[b, ANGLE] += INV_INERTIA[b] * (rows[of + ARM_X * LANES] * y - rows[of + ARM_Y * LANES] * x)
+        velocity[b, X] += INV_MASS[b] * x
+        velocity[b, Y] += INV_MASS[b] * y
+
+
+@inlined
+def _contact_friction(b, slot, p, lanes, rows):
+    """b2ContactSolver::SolveVelocityConstraints in these lanes, the first half: friction at one point.
+
+    Where there is no contact, or no second point, the masses are zero, and so is what it does.
+    """
+    m_b, i_b, friction = INV_MASS[b], INV_INERTIA[b], FRICTION[b]
+    for lane in range(lanes):
+        at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
+        of = at + POINT_ROWS * p * LANES
+        nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
+        rx, ry = rows[of + ARM_X * LANES], rows[of + ARM_Y * LANES]
+        vx, vy, w = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
+        sliding = (vx - w * ry) * ny - (vy + w * rx) * nx
+        most, old = friction * rows[of + NORMAL_IMPULSE * LANES], rows[of + TANGENT_IMPULSE * LANES]
+        new = _clamp(old - rows[of + TANGENT_MASS * LANES] * sliding, -most, most)
+        rows[of + TANGENT_IMPULSE * LANES] = new
+        x, y = (new - old) * ny, (old - new) * nx
+        rows[at_b + X * LANES] = vx + m_b * x
+        rows[at_b + Y * LANES] = vy + m_b * y
+        rows[at_b + ANGLE * LANES] = w + i_b * (rx * y - ry * x)
+
+
+@inlined
+def _contact_normal(b, slot, lanes, rows):
+    """The second half: the impulses along the normal, of two points together."""
+    m_b, i_b = INV_MASS[b], INV_INERTIA[b]
+    for lane in range(lanes):
+        at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
+        nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
+        vx, vy, w = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
+        rx1, ry1, old1 = rows[at + ARM_X * LANES], rows[at + ARM_Y * LANES], rows[at + NORMAL_IMPULSE * LANES]
+        mass1, n12 = rows[at + NORMAL_MASS * LANES], rows[at + N12 * LANES]
+        of = at + POINT_ROWS * LANES
+        rx2, ry2, old2 = rows[of + ARM_X * LANES], rows[of + ARM_Y * LANES], rows[of + NORMAL_IMPULSE * LANES]
+        approach1 = (vx - w * ry1) * nx + (vy + w * rx1) * ny
+        approach2 = (vx - w * ry2) * nx + (vy + w * rx2) * ny
+        single = max(old1 - mass1 * approach1, ZERO)
+        # For two points, the first that holds of: both push, only the first, only the second, neither; else leave it.
+        b1 = approach1 - (rows[at + N11 * LANES] * old1 + n12 * old2)
+        b2 = approach2 - (n12 * old1 + rows[at + N22 * LANES] * old2)
+        both1 = -(rows[at + M11 * LANES] * b1 + rows[at + M12 * LANES] * b2)
+        both2 = -(rows[at + M12 * LANES] * b1 + rows[at + M22 * LANES] * b2)
+        only1, only2 = -mass1 * b1, -rows[of + NORMAL_MASS * LANES] * b2
+        neither = (b1 >= ZERO) & (b2 >= ZERO)
+        new1, new2 = ZERO if neither else old1, ZERO if neither else old2
+        second = (only2 >= ZERO) & (n12 * only2 + b1 >= ZERO)
+        new1, new2 = ZERO if second else new1, only2 if second else new2
+        first = (only1 >= ZERO) & (n12 * only1 + b2 >= ZERO)
+        new1, new2 = only1 if first else new1, ZERO if first else new2
+        both = (both1 >= ZERO) & (both2 >= ZERO)
+        new1, new2 = both1 if both else new1, both2 if both else new2
+        two = rows[at + TWO_POINTS * LANES] > ZERO
+        new1, new2 = new1 if two else single, new2 if two else ZERO
+        rows[at + NORMAL_IMPULSE * LANES], rows[of + NORMAL_IMPULSE * LANES] = new1, new2
+        x1, y1, x2, y2 = (new1 - old1) * nx, (new1 - old1) * ny, (new2 - old2) * nx, (new2 - old2) * ny
+        rows[at_b + X * LANES] = vx + m_b * (x1 + x2)
+        rows[at_b + Y * LANES] = vy + m_b * (y1 + y2)
+        rows[at_b + ANGLE * LANES] = w + i_b * (rx1 * y1 - ry1 * x1 + (rx2 * y2 - ry2 * x2))
+
+
+@inlined
+def _contact_velocity(b, slot, lanes, rows):
+    _contact_friction(b, slot, 0, lanes, rows)
+    _contact_friction(b, slot, 1, lanes, rows)
+    _contact_normal(b, slot, lanes, rows)
+
+
+@uncounted
+def _contact_position(b, pose, c, kind, baumgarte):
+    """b2ContactSolver::SolvePositionConstraints: push the body out of the edge; the deepest gap there was."""
+    deepest = ZERO
+    for p in range(kind[POINTS]):
+        cos, sin = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
+        origin_x, origin_y = pose[b, X] + sin * CENTER[b], pose[b, Y] - cos * CENTER[b]
+        nx, ny, plane_x, plane_y = c[LOCAL_NX], c[LOCAL_NY], c[LOCAL_X], c[LOCAL_Y]
+        px, py = c[POINT_X + 2 * p], c[POINT_Y + 2 * p]
+        if kind[KIND] == ON_EDGE:
+            px, py = cos * px - sin * py + origin_x, sin * px + cos * py + origin_y
+        else:
+            nx, ny = cos * nx - sin * ny, sin * nx + cos * ny
+            plane_x, plane_y = (
+                cos * plane_x - sin * plane_y + origin_x,
+                sin * plane_x + cos * plane_y + origin_y,
+            )
+        gap = (px - plane_x) * nx + (py - plane_y) * ny - SKIN - SKIN
+        if kind[KIND] == ON_BODY:
+            nx, ny = -nx, -ny
+        deepest = min(deepest, gap)
+        rx, ry = px - pose[b, X], py - pose[b, Y]
+        across = rx * ny - ry * nx
+        push = -_clamp(baumgarte * (gap + LINEAR_SLOP), -MAX_CORRECTION, ZERO) / (
+            INV_MASS[b] + INV_INERTIA[b] * across * across
+        )
+        x, y = push * nx, push * ny
+        pose[b, X] += INV_MASS[b] * x
+        pose[b, Y] += INV_MASS[b] * y
+        pose[b, ANGLE] += INV_INERTIA[b] * (rx * y - ry * x)
+    return deepest
+
+
+@uncounted
+def _move(b, pose, velocity, h):
+    """Positions one step on, at a bounded speed."""
+    x, y, turn = h * velocity[b, X], h * velocity[b, Y], h * velocity[b, ANGLE]
+    square = x * x + y * y
+    if square > MAX_TRANSLATION * MAX_TRANSLATION:
+        ratio = MAX_TRANSLATION / math.sqrt(square)
+        velocity[b, X] *= ratio
+        velocity[b, Y] *= ratio
+    if turn * turn > MAX_ROTATION * MAX_ROTATION:
+        velocity[b, ANGLE] *= MAX_ROTATION / abs(turn)
+    pose[b, X] += h * velocity[b, X]
+    pose[b, Y] += h * velocity[b, Y]
+    pose[b, ANGLE] += h * velocity[b, ANGLE]
+
+
+@uncounted
+def _rotate(pose, rotation):
+    for b in range(N_BODIES):
+        rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
+
+
+@uncounted
+def _closest(b, t, start, pose, x1, y1, x2, y2, corners, faces):
+    """b2Distance: how far a body is from an edge at the fraction t of its way, and along which axis they separate.
+
+    Returns the distance, 0 if they overlap; the axis, from edge to body; and the body's face that it is normal to, or
+    -1 if it stays as it is while the body turns.
+    """
+    x, y = (ONE - t) * start[b, X] + t * pose[b, X], (ONE - t) * start[b, Y] + t * pose[b, Y]
+    angle = (ONE - t) * start[b, ANGLE] + t * pose[b, ANGLE]
+    _outline(b, math.cos(angle), math.sin(angle), x, y, corners, faces)
+    n = N_CORNERS[b]
+    ex, ey = x2 - x1, y2 - y1
+    length = math.sqrt(ex * ex + ey * ey)
+    nx, ny = -ey / length, ex / length
+    above, below, apart = f32(np.inf), f32(np.inf), False
+    for i in range(n):
+        gap = nx * (corners[i, 0] - x1) + ny * (corners[i, 1] - y1)
+        above, below = min(above, gap), min(below, -gap)
+        gap1 = faces[i, 0] * (x1 - corners[i, 0]) + faces[i, 1] * (y1 - corners[i, 1])
+        gap2 = faces[i, 0] * (x2 - corners[i, 0]) + faces[i, 1] * (y2 - corners[i, 1])
+        apart = apart or min(gap1, gap2) > ZERO
+    if not apart and above <= ZERO and below <= ZERO:
+        return ZERO, nx, ny, -1
+
+    least, face, ax, ay = f32(np.inf), -1, nx, ny
+    for i in range(n):
+        px, py = corners[i, 0] - x1, corners[i, 1] - y1
+        along = (px * ex + py * ey) / (length * length)
+        if along < ZERO or along > ONE:
+            along = _clamp(along, ZERO, ONE)
+            px, py = px - along * ex, py - along * ey
+            gap = math.sqrt(px * px + py * py)
+            if gap < least:
+                least, face, ax, ay = gap, -1, px / gap, py / gap
+        else:
+            gap = nx * px + ny * py
+            if abs(gap) < least:
+                least, face = abs(gap), -1
+                ax, ay = (nx, ny) if gap > ZERO else (-nx, -ny)
+        j = i + 1 if i + 1 < n else 0
+        sx, sy = corners[j, 0] - corners[i, 0], corners[j, 1] - corners[i, 1]
+        for end in range(2):
+            px, py = (x1, y1) if end == 0 else (x2, y2)
+            px, py = px - corners[i, 0], py - corners[i, 1]
+            along = px * sx + py * sy
+            gap = faces[i, 0] * px + faces[i, 1] * py
+            if along > ZERO and along < sx * sx + sy * sy and gap > ZERO and gap < least:
+                least, face = gap, i
+    return least, ax, ay, face
+
+
+@uncounted
+def _gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2):
+    """b2SeparationFunction: along that axis at t, the gap of the nearest corner (witness -1) or of the one given."""
+    x, y = (ONE - t) * start[b, X] + t * pose[b, X], (ONE - t) * start[b, Y] + t * pose[b, Y]
+    angle = (ONE - t) * start[b, ANGLE] + t * pose[b, ANGLE]
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = x + sin * CENTER[b], y - cos * CENTER[b]
+    least, found = f32(np.inf), 0
+    if face < 0:
+        offset = max(ax * x1 + ay * y1, ax * x2 + ay * y2)
+        for i in range(N_CORNERS[b]):
+            if witness < 0 or i == witness:
+                px = cos * CORNERS[b, i, 0] - sin * CORNERS[b, i, 1] + x
+                py = sin * CORNERS[b, i, 0] + cos * CORNERS[b, i, 1] + y
+                gap = ax * px + ay * py - offset
+                if gap < least:
+                    least, found = gap, i
+    else:
+        nx, ny = cos * FACES[b, face, 0] - sin * FACES[b, face, 1], sin * FACES[b, face, 0] + cos * FACES[b, face, 1]
+        px = cos * CORNERS[b, face, 0] - sin * CORNERS[b, face, 1] + x
+        py = sin * CORNERS[b, face, 0] + cos * CORNERS[b, face, 1] + y
+        for end in range(2):
+            if witness < 0 or end == witness:
+                gap = nx * (x1 - px) + ny * (y1 - py) if end == 0 else nx * (x2 - px) + ny * (y2 - py)
+                if gap < least:
+                    least, found = gap, end
+    return least, found
+
+
+@uncounted
+def _time_of_impact(b, start, pose, x1, y1, x2, y2, corners, faces):
+    """b2TimeOfImpact: the fraction of a body's way from `start` to `pose` after which it hits an edge; 1 if never."""
+    # Most often the edge's own line keeps them apart, before and after.
+    inv = ONE / math.sqrt((x2 - x1) * (x2 - x1) + (y2 - y1) * (y2 - y1))
+    ax, ay = (y1 - y2) * inv, (x2 - x1) * inv
+    after, _ = _gap(b, -1, ONE, ax, ay, -1, start, pose, x1, y1, x2, y2)
+    if after > TOI_TARGET + TOI_TOLERANCE:
+        before, _ = _gap(b, -1, ZERO, ax, ay, -1, start, pose, x1, y1, x2, y2)
+        if before > TOI_TARGET + TOI_TOLERANCE:
+            return ONE
+    t1 = ZERO
+    for _ in range(TOI_ITERATIONS):
+        distance, ax, ay, face = _closest(b, t1, start, pose, x1, y1, x2, y2, corners, faces)
+        if distance <= ZERO:
+            return ONE
+        if distance < TOI_TARGET + TOI_TOLERANCE:
+            return t1
+        t2 = ONE
+        for _ in range(TOI_PUSHES):
+            s2, witness = _gap(b, -1, t2, ax, ay, face, start, pose, x1, y1, x2, y2)
+            if s2 > TOI_TARGET + TOI_TOLERANCE:
+                return ONE
+            if s2 > TOI_TARGET - TOI_TOLERANCE:
+                t1 = t2
+                break
+            s1, _ = _gap(b, witness, t1, ax, ay, face, start, pose, x1, y1, x2, y2)
+            if s1 < TOI_TARGET - TOI_TOLERANCE:
+                return ONE
+            if s1 <= TOI_TARGET + TOI_TOLERANCE:
+                return t1
+            low, high = t1, t2
+            for trial in range(TOI_ROOT_ITERATIONS):  # bisection and secant rule in turn
+                t = low + (TOI_TARGET - s1) * (high - low) / (s2 - s1) if trial % 2 == 1 else HALF * (low + high)
+                s, _ = _gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2)
+                if abs(s - TOI_TARGET) < TOI_TOLERANCE:
+                    t2 = t
+                    break
+                if s > TOI_TARGET:
+                    low, s1 = t, s
+                else:
+                    high, s2 = t, s
+    return ONE
+
+
+@uncounted
+def _edges_near(b, start, pose, terrain):
+    """First and last edge that a body may touch anywhere between two poses; the last is less if there is none."""
+    low, high = min(start[b, X], pose[b, X]) - BODY_REACH[b], max(start[b, X], pose[b, X]) + BODY_REACH[b]
+    first, last = max(int(low / CHUNK_WIDTH), 0), min(int(high / CHUNK_WIDTH), CHUNKS - 1)
+    ground = ZERO
+    for i in range(first, last + 2):
+        ground = max(ground, terrain[i])
+    return (first, last) if min(start[b, Y], pose[b, Y]) - BODY_REACH[b] <= ground else (0, -1)
+
+
+@uncounted
+def _update_contacts(b, pose, rotation, terrain, corners, faces, contact, kind, touched, feature, impulse, legs_down,
+                     crashed):  # fmt: skip
+    """b2ContactManager::Collide for one body; of the two edges that it may span, the even one has slot 0."""
+    first, last = _edges_near(b, pose, pose, terrain)
+    if first <= last:
+        _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], corners, faces)
+    for slot in range(2):
+        kind[2 * b + slot, POINTS] = 0
+        old = touched[b, slot]
+        if old >= 0 and not first <= old <= last:
+            touched[b, slot] = -1
+            if b != LANDER:
+                legs_down[b - 1] = False
+    for edge in range(first, last + 1):
+        _update_contact(b, edge % 2, edge, pose, rotation, terrain, corners, faces, contact, kind, touched, feature,
+                        impulse, legs_down, crashed)  # fmt: skip
+
+
+@uncounted
+def _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, contact, kind, touched, feature,
+                   impulse, legs_down, crashed, rows):  # fmt: skip
+    """b2World::SolveTOI for one body: stop it where it first hits an edge, and let it go on from there.
+
+    Without this, what falls fast would sink in by a whole step's way before it is noticed. Box2D lets go of the joints
+    meanwhile; they pull together in the next step.
+    """
+    first, last = _edges_near(b, start, pose, terrain)
+    done = ZERO
+    kind[2 * b, HITS] = kind[2 * b + 1, HITS] = 0
+    while True:
+        soonest, which = ONE, -1
+        for edge in range(first, last + 1):
+            if kind[2 * b + edge % 2, HITS] <= TOI_HITS:
+                x1, x2 = f32(edge) * CHUNK_WIDTH, f32(edge + 1) * CHUNK_WIDTH
+                t = _time_of_impact(b, start, pose, x1, terrain[edge], x2, terrain[edge + 1], corners, faces)
+                t = min(done + (ONE - done) * t, ONE) if t < ONE else ONE
+                if t < soonest:
+                    soonest, which = t, edge
+        if which < 0 or soonest > TOI_END:
+            return
+        beta = (soonest - done) / (ONE - done)
+        x, y, angle = pose[b, X], pose[b, Y], pose[b, ANGLE]
+        for i in range(3):
+            pose[b, i] = (ONE - beta) * start[b, i] + beta * pose[b, i]
+        rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
+        _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], corners, faces)
+        slot = which % 2
+        _update_contact(b, slot, which, pose, rotation, terrain, corners, faces, contact, kind, touched, feature,
+                        impulse, legs_down, crashed)  # fmt: skip
+        kind[2 * b + slot, HITS] += 1
+        if kind[2 * b + slot, POINTS] == 0:  # near, but not touching: look no more
+            pose[b, X], pose[b, Y], pose[b, ANGLE] = x, y, angle
+            kind[2 * b + slot, HITS] = TOI_HITS + 1
+            continue
+        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
+        done = soonest
+        for edge in range(first, last + 1):
+            if edge != which:
+                _update_contact(b, edge % 2, edge, pose, rotation, terrain, corners, faces, contact, kind, touched,
+                                feature, impulse, legs_down, crashed)  # fmt: skip
+        for _ in range(TOI_POSITION_ITERATIONS):
+            deepest = ZERO
+            for s in range(2):
+                s = slot if s == 0 else 1 - slot
+                row = 2 * b + s
+                if kind[row, POINTS] > 0:
+                    deepest = min(deepest, _contact_position(b, pose, contact[row], kind[row], TOI_BAUMGARTE))
+            if deepest >= f32(-1.5) * LINEAR_SLOP:
+                break
+        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
+        rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
+        for i in range(3):
+            rows[(VELOCITY + 3 * b + i) * LANES] = velocity[b, i]
+        for s in range(2):
+            row = 2 * b + s
+            if kind[row, POINTS] > 0:
+                kind[row, PLACE] = row
+                _contact_prepare(b, s, 0, pose, rotation, NO_IMPULSE, contact[row], kind[row], rows)
+        for _ in range(VELOCITY_ITERATIONS):
+            vx, vy, w = velocity[b, X], velocity[b, Y], velocity[b, ANGLE]
+            for s in range(2):
+                s = slot if s == 0 else 1 - slot
+                if kind[2 * b + s, POINTS] > 0:
+                    _contact_velocity(b, s, 1, rows)
+            for i in range(3):
+                velocity[b, i] = rows[(VELOCITY + 3 * b + i) * LANES]
+            if vx == velocity[b, X] and vy == velocity[b, Y] and w == velocity[b, ANGLE]:
+                break  # nothing would change any more
+        _move(b, pose, velocity, (ONE - soonest) * TIME_STEP)
+
+
+@inlined
+def _lander_load(env, lane, force_x, force_y, torque, gravity, state, scratch):
+    """b2World::Step up to the velocity iterations: contacts from the poses as they are, forces, warm start."""
+    pose, velocity, terrain = state.pose[env], state.velocity[env], state.terrain[env]
+    joint_impulse, joint_limit, impulse = state.joint_impulse[env], state.joint_limit[env], state.contact_impulse[env]
+    rotation, rows, corners, faces = scratch.rotation, scratch.rows, scratch.corners, scratch.faces
+    start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
+    touched, feature, legs_down = state.touched[env], state.feature[env], state.legs_down[env]
+    crashed = state.crashed[env : env + 1]
+    _rotate(pose, rotation)
+    x = (pose[0, X] + rotation[0, 1] * CENTER[0]) / CHUNK_WIDTH
+    ground = ZERO
+    for i in range(max(int(x - REACH), 0), min(int(x + REACH) + 1, CHUNKS) + 1):
+        ground = max(ground, terrain[i])
+    scratch.near[lane] = pose[0, Y] - REACH * CHUNK_WIDTH < ground
+    for row in range(6):
+        kind[row, POINTS] = 0
+    if scratch.near[lane]:
+        for turn in range(3):
+            b = SOLVE_ORDER[turn]
+            _update_contacts(b, pose, rotation, terrain, corners, faces, contact, kind, touched, feature, impulse,
+                             legs_down, crashed)  # fmt: skip
+
+    for b in range(N_BODIES):
+        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
+    velocity[1, Y] += TIME_STEP * f32(gravity)
+    velocity[2, Y] += TIME_STEP * f32(gravity)
+    velocity[0, X] += TIME_STEP * (INV_MASS[0] * f32(force_x))
+    velocity[0, Y] += TIME_STEP * (f32(gravity) + INV_MASS[0] * f32(force_y))
+    velocity[0, ANGLE] += TIME_STEP * INV_INERTIA[0] * f32(torque)
+
+    if scratch.near[lane]:
+        for turn in range(3):
+            b = SOLVE_ORDER[turn]
+            place = 2 * b
+            for row in range(2 * b, 2 * b + 2):
+                if kind[row, POINTS] > 0:
+                    kind[row, PLACE] = place
+                    _contact_prepare(b, row % 2, lane, pose, rotation, impulse, contact[row], kind[row], rows)
+                    scratch.solving[place] += 1
+                    place += 1
+        for turn in range(3):
+            for row in range(2 * SOLVE_ORDER[turn], 2 * SOLVE_ORDER[turn] + 2):
+                if kind[row, POINTS] > 0:
+                    _contact_warm_start(SOLVE_ORDER[turn], kind[row, PLACE], lane, velocity, rows)
+    _joint_prepare(1, lane, pose, velocity, rotation, joint_impulse, joint_limit, rows)
+    _joint_prepare(0, lane, pose, velocity, rotation, joint_impulse, joint_limit, rows)
+    for b in range(N_BODIES):
+        for i in range(3):
+            rows[(VELOCITY + 3 * b + i) * LANES + lane] = velocity[b, i]
+    for k in range(N_LEGS):
+        for i in range(4):
+            rows[(IMPULSE + 4 * k + i) * LANES + lane] = joint_impulse[k, i]
+
+
+@uncounted
+def _iterate(rows, solving):
+    """The velocity iterations of b2Island::Solve, in all lanes at once."""
+    for _ in range(VELOCITY_ITERATIONS):
+        _joint_velocity(1, rows)
+        _joint_velocity(0, rows)
+        if solving[4] > 0:
+            _contact_velocity(2, 0, LANES, rows)
+        if solving[5] > 0:
+            _contact_velocity(2, 1, LANES, rows)
+        if solving[0] > 0:
+            _contact_velocity(0, 0, LANES, rows)
+        if solving[1] > 0:
+            _contact_velocity(0, 1, LANES, rows)
+        if solving[2] > 0:
+            _contact_velocity(1, 0, LANES, rows)
+        if solving[3] > 0:
+            _contact_velocity(1, 1, LANES, rows)
+
+
+@inlined
+def _lander_unload(env, lane, state, scratch):
+    """The rest of b2World::Step: move, mend the positions, sleep, and what was hit on the way. True: asleep."""
+    pose, velocity, terrain, still = state.pose[env], state.velocity[env], state.terrain[env], state.still[env]
+    joint_impulse, joint_limit, impulse = state.joint_impulse[env], state.joint_limit[env], state.contact_impulse[env]
+    rotation, rows, corners, faces = scratch.rotation, scratch.rows, scratch.corners, scratch.faces
+    start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
+    for b in range(N_BODIES):
+        for i in range(3):
+            velocity[b, i] = rows[(VELOCITY + 3 * b + i) * LANES + lane]
+    for k in range(N_LEGS):
+        for i in range(4):
+            joint_impulse[k, i] = rows[(IMPULSE + 4 * k + i) * LANES + lane]
+    touching = False
+    for row in range(6):
+        if kind[row, POINTS] > 0:
+            touching = True
+            scratch.solving[kind[row, PLACE]] -= 1
+            at = (CONTACT + kind[row, PLACE] * CONTACT_ROWS) * LANES + lane
+            for p in range(kind[row, SOLVED]):
+                of = at + POINT_ROWS * p * LANES
+                impulse[row // 2, row % 2, p, 0] = rows[of + NORMAL_IMPULSE * LANES]
+                impulse[row // 2, row % 2, p, 1] = rows[of + TANGENT_IMPULSE * LANES]
+            for r in range(CONTACT_ROWS):
+                rows[at + r * LANES] = ZERO
+
+    for b in range(N_BODIES):
+        _move(b, pose, velocity, TIME_STEP)
+    solved = False
+    for _ in range(POSITION_ITERATIONS):
+        deepest = ZERO
+        if touching:
+            for turn in range(3):
+                for slot in range(2):
+                    row = 2 * SOLVE_ORDER[turn] + slot
+                    if kind[row, POINTS] > 0:
+                        gap = _contact_position(SOLVE_ORDER[turn], pose, contact[row], kind[row], BAUMGARTE)
+                        deepest = min(deepest, gap)
+        right = _joint_position(1, pose, joint_limit)
+        left = _joint_position(0, pose, joint_limit)
+        if right and left and deepest >= f32(-3.0) * LINEAR_SLOP:
+            solved = True
+            break
+
+    asleep = solved
+    for b in range(N_BODIES):
+        vx, vy, w = velocity[b, X], velocity[b, Y], velocity[b, ANGLE]
+        moving = w * w > SLEEP_SPIN * SLEEP_SPIN or vx * vx + vy * vy > SLEEP_SPEED * SLEEP_SPEED
+        still[b] = ZERO if moving else still[b] + TIME_STEP
+        asleep = asleep and still[b] >= SLEEP_TIME
+    if asleep:
+        velocity[:] = ZERO
+    elif scratch.near[lane]:
+        for b in range(N_BODIES):
+            _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, contact, kind,
+                           state.touched[env], state.feature[env], impulse, state.legs_down[env],
+                           state.crashed[env : env + 1], scratch.impact_rows)  # fmt: skip
+    return asleep
+
+
+@uncounted
+def _smooth(heights, terrain):
+    """Gymnasium's terrain (CHUNKS + 1,) from raw heights (CHUNKS + 2,): the pad levelled, then means of three."""
+    middle = CHUNKS // 2
+    heights[middle - 2 : middle + 3] = PAD_HEIGHT
+    for i in range(CHUNKS + 1):
+        terrain[i] = 0.33 * (heights[i - 1 if i > 0 else CHUNKS + 1] + heights[i] + heights[i + 1])
+
+
+@inlined
+def _lander_draw(env, params, state, scratch):
+    """What is random at the start of an episode, in Gymnasium's order; `pose` gets that of the lander's origin."""
+    rng, pose = state.rng, state.pose
+    for i in range(CHUNKS + 2):
+        scratch.heights[i] = _uniform(rng, env, 0.0, MOON_HEIGHT / 2)
+    _smooth(scratch.heights, state.terrain[env])
+    x, y, angle = MOON_WIDTH / 2, MOON_HEIGHT, 0.0
+    if params.randomize_spawn:
+        x = _uniform(rng, env, 0.1 * MOON_WIDTH, 0.9 * MOON_WIDTH)
+        y = _uniform(rng, env, 0.7 * MOON_HEIGHT, MOON_HEIGHT)
+        angle = _uniform(rng, env, -0.25, 0.25)
+    pose[env, 0, X], pose[env, 0, Y], pose[env, 0, ANGLE] = x, y, angle
+    for i in range(2):
+        state.push[env, i] = _uniform(rng, env, -LARGEST_PUSH, LARGEST_PUSH)
+    if params.enable_wind:
+        for i in range(2):
+            state.wind[env, i] = math.floor(_uniform(rng, env, -9999.0, 9999.0))
+
+
+@inlined
+def _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch):
+    """Gymnasium's `step` up to the velocity iterations: wind and engines."""
+    pose, velocity, rng = state.pose, state.velocity, state.rng
+    torque = 0.0
+    if params.enable_wind and not (state.legs_down[env, 0] or state.legs_down[env, 1]):
+        force_x = f32(force_x) + f32(params.wind_power * _gust(state.wind[env, 0]))
+        torque = params.turbulence_power * _gust(state.wind[env, 1])
+        state.wind[env, 0] += 1
+        state.wind[env, 1] += 1
+    dispersion0 = _uniform(rng, env, -1.0, 1.0) / PIXELS
+    dispersion1 = _uniform(rng, env, -1.0, 1.0) / PIXELS
+    main, lateral = min(max(main, -1.0), 1.0), min(max(lateral, -1.0), 1.0)
+    main_power = 0.5 * (main + 1.0) if main > 0.0 else 0.0
+    side_power = abs(lateral) if abs(lateral) > 0.5 else 0.0
+    if main_power > 0.0 or side_power > 0.0:
+        angle = pose[env, 0, ANGLE]
+        tip_x, tip_y = math.sin(np.float64(angle)), math.cos(np.float64(angle))
+        x = np.float64(pose[env, 0, X] + math.sin(angle) * CENTER[0])
+        y = np.float64(pose[env, 0, Y] - math.cos(angle) * CENTER[0])
+    if main_power > 0.0:
+        along = MAIN_ENGINE_DOWN + 2 * dispersion0
+        ox, oy = tip_x * along - tip_y * dispersion1, -tip_y * along - tip_x * dispersion1
+        power = MAIN_ENGINE_POWER
+        _thrust(-ox * power * main_power, -oy * power * main_power, x + ox, y + oy, pose[env], velocity[env])
+    if side_power > 0.0:
+        along = 3 * dispersion1 + math.copysign(SIDE_ENGINE_AWAY, lateral)
+        ox, oy = tip_x * dispersion0 - tip_y * along, -tip_y * dispersion0 - tip_x * along
+        # 17 and SIDE_ENGINE_UP are not the same height: the torque depends on the angle, as it does in Gymnasium.
+        px, py = x + ox - tip_x * 17 / PIXELS, y + oy + tip_y * SIDE_ENGINE_UP
+        power = SIDE_ENGINE_POWER
+        _thrust(-ox * power * side_power, -oy * power * side_power, px, py, pose[env], velocity[env])
+    state.throttle[env, 0], state.throttle[env, 1] = main_power, math.copysign(side_power, lateral)
+    _lander_load(env, lane, force_x, force_y, torque, params.gravity, state, scratch)
+
+
+@uncounted
+def _gust(count):
+    """Of wind or turbulence, in [-1, 1]; never periodic."""
+    return math.tanh(math.sin(0.02 * count) + math.sin(math.pi * 0.01 * count))
+
+
+@uncounted
+def _thrust(impulse_x, impulse_y, x, y, pose, velocity):
+    """b2Body::ApplyLinearImpulse on the lander, at a point."""
+    impulse_x, impulse_y = f32(impulse_x), f32(impulse_y)
+    velocity[0, X] += INV_MASS[0] * impulse_x
+    velocity[0, Y] += INV_MASS[0] * impulse_y
+    arm_x, arm_y = f32(x) - pose[0, X], f32(y) - pose[0, Y]
+    velocity[0, ANGLE] += INV_INERTIA[0] * (arm_x * impulse_y - arm_y * impulse_x)
+
+
+@inlined
+def _lander_view(env, state, view):
+    """The observation, before it is rounded to float32."""
+    x, y, angle = state.pose[env, 0, X], state.pose[env, 0, Y], state.pose[env, 0, ANGLE]
+    x, y = np.float64(x + math.sin(angle) * CENTER[0]), np.float64(y - math.cos(angle) * CENTER[0])
+    view[0] = (x - MOON_WIDTH / 2) / (MOON_WIDTH / 2)
+    view[1] = (y - (PAD_HEIGHT + LEG_DOWN)) / (MOON_HEIGHT / 2)
+    view[2] = np.float64(state.velocity[env, 0, X]) * (MOON_WIDTH / 2) / LANDER_FPS
+    view[3] = np.float64(state.velocity[env, 0, Y]) * (MOON_HEIGHT / 2) / LANDER_FPS
+    view[4] = np.float64(angle)
+    view[5] = 20.0 * np.float64(state.velocity[env, 0, ANGLE]) / LANDER_FPS
+    view[6], view[7] = np.float64(state.legs_down[env, 0]), np.float64(state.legs_down[env, 1])
+
+
+@uncounted
+def _shaping(view):
+    return (
+        -100.0 * math.sqrt(view[0] * view[0] + view[1] * view[1])
+        - 100.0 * math.sqrt(view[2] * view[2] + view[3] * view[3])
+        - 100.0 * abs(view[4])
+        + 10.0 * view[6]
+        + 10.0 * view[7]
+    )
+
+
+@inlined
+def _lander_begin(env, params, state, scratch):
+    """Put the bodies at rest in their places, legs beside the lander: in the first step the joints pull them in."""
+    pose = state.pose[env]
+    x, y, angle = np.float64(pose[0, X]), np.float64(pose[0, Y]), np.float64(pose[0, ANGLE])
+    cos, sin = math.cos(angle), math.sin(angle)
+    pose[0, X], pose[0, Y] = x - sin * np.float64(CENTER[0]), y + cos * np.float64(CENTER[0])
+    for k in range(N_LEGS):
+        side = np.float64(LEG_SIGN[k])
+        pose[1 + k, X], pose[1 + k, Y] = x - cos * side * LEG_AWAY, y - sin * side * LEG_AWAY
+        pose[1 + k, ANGLE] = angle + side * LEG_TILT
+    state.velocity[env] = ZERO
+    state.joint_impulse[env] = ZERO
+    state.joint_limit[env] = 0
+    state.touched[env] = -1
+    state.feature[env] = -1
+    state.contact_impulse[env] = ZERO
+    state.legs_down[env] = False
+    state.crashed[env] = False
+    state.still[env] = ZERO
+    state.shaping[env] = 0.0
+    state.elapsed[env] = 0
+    state.totals[env] = 0.0
+
+
+@uncounted
+def _sparse_reward(view, asleep):
+    """Of an episode that ended here: 200 for a landing, else how near it came to one."""
+    x, speed, legs = view[0], math.hypot(view[2], view[3]), view[6] + view[7]
+    if asleep or (legs == 2.0 and speed < 0.01 and abs(x) <= 0.2):
+        return 200.0
+    reward = -10.0 * speed - 10.0 * math.hypot(x, view[1]) - 10.0 * abs(view[4]) + 20.0 * legs
+    if abs(x) >= 1.0:
+        reward -= 5.0
+    if legs == 2.0:
+        reward += 100.0 * max(0.0, 1.0 - math.sqrt(speed)) * max(0.0, 1.0 - x * x)
+    return reward
+
+
+@uncounted
+def _lander_draw_all(params, state, scratch):
+    for env in range(state.pose.shape[0]):
+        _lander_draw(env, params, state, scratch)
+
+
+@uncounted
+def _lander_step(actions, begin, params, state, scratch, outputs):
+    """One step of every environment, or with `begin` only Gymnasium's first one, that belongs to the reset.
+
+    The velocity iterations cost the most, so LANES environments go through them together; those that touch the ground
+    come last, so that few lanes see to contacts. When an episode has ended, its environment goes through once more, for
+    the first step of the next, beside those that still wait.
+    """
+    num_envs, sight, queue = actions.shape[0], scratch.sight, scratch.queue
+    lane_env, fresh, touched = scratch.lane_env, scratch.fresh, state.touched
+    waiting = used = 0
+    for on_ground in (False, True):
+        for env in range(num_envs):
+            touching = False
+            for b in range(N_BODIES):
+                touching |= touched[env, b, 0] >= 0 or touched[env, b, 1] >= 0
+            if touching == on_ground:
+                queue[waiting] = env
+                waiting += 1
+    waiting = 0
+    while waiting < num_envs or used > 0:
+        while used < LANES and waiting < num_envs:
+            lane_env[used], fresh[used] = queue[waiting], begin
+            used += 1
+            waiting += 1
+        for lane in range(used):
+            env = lane_env[lane]
+            main = lateral = force_x = force_y = 0.0
+            if fresh[lane]:
+                _lander_begin(env, params, state, scratch)
+                force_x, force_y = state.push[env, 0], state.push[env, 1]
+            else:
+                main, lateral = np.float64(actions[env, 0]), np.float64(actions[env, 1])
+            _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch)
+        _iterate(scratch.rows, scratch.solving)
+        unloading, used = used, 0
+        for lane in range(unloading):
+            env = lane_env[lane]
+            asleep = _lander_unload(env, lane, state, scratch)
+            _lander_view(env, state, sight)
+            shaping = _shaping(sight)
+            ended = False
+            if not fresh[lane]:
+                powers = state.throttle[env]
+                reward = shaping - state.shaping[env] - 0.3 * powers[0] - 0.03 * abs(powers[1])
+                failed = state.crashed[env] or abs(sight[0]) >= 1.0
+                if asleep:
+                    reward = 100.0
+                elif failed:
+                    reward = -100.0
+                state.elapsed[env] += 1
+                ended = asleep or failed or state.elapsed[env] >= params.max_steps
+                if params.sparse_reward:
+                    reward = _sparse_reward(sight, asleep) if ended else 0.0
+                state.totals[env, 0] += reward
+                state.totals[env, 1] += 1.0
+                outputs.rewards[env] = reward
+                outputs.terminations[env] = asleep or failed
+                outputs.truncations[env] = ended and not (asleep or failed)
+                if ended:
+                    for i in range(8):
+                        outputs.final_observations[env, i] = sight[i]
+                    speed, stats = math.hypot(sight[2], sight[3]), outputs.stats
+                    success = sight[6] + sight[7] == 2.0 and speed < 0.1 and abs(sight[0]) < 0.2
+                    stats[env, 0], stats[env, 1] = state.totals[env, 0], state.totals[env, 1]
+                    stats[env, 2], stats[env, 3], stats[env, 4] = success, asleep, state.crashed[env]
+                    stats[env, 5], stats[env, 6] = speed, sight[0]
+                    _lander_draw(env, params, state, scratch)
+            state.shaping[env] = shaping
+            for i in range(8):
+                outputs.observations[env, i] = sight[i]
+            if ended:
+                lane_env[used], fresh[used] = env, True
+                used += 1
+
+
+@uncounted
+def _lander_observe(state, scratch, outputs):
+    for env in range(state.pose.shape[0]):
+        _lander_view(env, state, scratch.sight)
+        for i in range(8):
+            outputs.observations[env, i] = scratch.sight[i]
+
+
+class LunarLander(NativeVectorEnv):
+    """Gymnasium's LunarLander-v3: land between two flags on the moon, at the origin, gently and with little fuel.
+
+    Observation (num_envs, 8): x and y of the lander from the pad, in half-widths of the view and in half-heights; its
+    velocity in Gymnasium's units; angle [rad]; angular velocity [0.4 rad / unit]; whether the right and the left leg
+    (Gymnasium's legs 0 and 1) touch the ground. Action: Discrete(4), nothing, left, main or right engine; with
+    `continuous` (num_envs, 2) in [-1, 1], main engine (off below 0, then half to full power) and side engines (off
+    between -0.5 and 0.5). Gravity is in [-12, 0] m/s^2; with `enable_wind` gusts up to `wind_power` [N] and
+    `turbulence_power` [N m] act on the lander until a leg touches the ground.
+
+    Reward: the increase of -100 distance - 100 speed - 100 |angle| + 10 per leg on the ground, minus 0.3 times the main
+    and 0.03 times the side engine's power; instead of it -100 for a crash (the hull touches the ground, or |x| >= 1)
+    and 100 for coming to rest (Box2D's sleep, half a second without motion). These two end an episode, by termination;
+    `max_steps` ends it by truncation.
+
+    Every episode starts at the top, in the middle, upright. `randomize_spawn` (on in `DenseLunarLander` and
+    `SparseLunarLander`) starts it anywhere in x from 0.1 to 0.9 of the view's width, y from 0.7 to 1 of its height and
+    angle from -0.25 to 0.25 rad. `sparse_reward` (`SparseLunarLander`) gives nothing until the episode ends, then 200
+    if it is at rest, or has both legs down at speed < 0.01 and |x| <= 0.2; else, with all in observation units,
+
+        -10 speed - 10 distance - 10 |angle| + 20 legs - 5 [|x| >= 1]
+        + 100 [both legs] max(0, 1 - sqrt(speed)) max(0, 1 - x^2)
+
+    Episode statistics: "r", "l", and from the last observation "success" (both legs down, speed < 0.1, |x| < 0.2),
+    "landed" (came to rest), "crashed" (the hull touched the ground), "speed" and "x".
+
+    `reset(options={"terrain": (num_envs, 12), "push": (num_envs, 2), "position": (num_envs, 2), "angle": (num_envs,)})`
+    gives any part of the start: raw heights [m] as Gymnasium draws them, the force in the first step [N], the lander's
+    origin [m] and its angle [rad]. The episodes after it start at random again.
+
+    With the same draws a flight equals Box2D's to the last bit of float32, and so do most landings. What differs: where
+    a body hits the ground within a step, to Box2D's own tolerance of a millimetre; the order of the two contacts of a
+    body that stands on two edges; and Box2D's flat edge at height 0, under the terrain, is left out.
+    """
+
+    metadata = {**NativeVectorEnv.metadata, "render_fps": LANDER_FPS}
+    stat_names = ("r", "l", "success", "landed", "crashed", "speed", "x")
+
+    def __init__(
+        self,
+        num_envs=1,
+        continuous=False,
+        gravity=-10.0,
+        enable_wind=False,
+        wind_power=15.0,
+        turbulence_power=1.5,
+        randomize_spawn=False,
+        sparse_reward=False,
+        max_steps=1000,
+        render_mode=None,
+        first_env=0,
+    ):
+        switches = dict(continuous=continuous, enable_wind=enable_wind, randomize_spawn=randomize_spawn,
+                        sparse_reward=sparse_reward)  # fmt: skip
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}: it must be True or False")
+        self.continuous = continuous
+        self.params = LanderParams(
+            gravity=_number("gravity", gravity, -12.0, 0.0),
+            wind_power=_number("wind_power", wind_power, 0.0),
+            turbulence_power=_number("turbulence_power", turbulence_power, 0.0),
+            enable_wind=enable_wind,
+            randomize_spawn=randomize_spawn,
+            sparse_reward=sparse_reward,
+            max_steps=_integer("max_steps", max_steps, 1),
+        )
+        high = np.float32([2.5, 2.5, 10, 10, 2 * math.pi, 10, 1, 1])
+        low = np.float32([-2.5, -2.5, -10, -10, -2 * math.pi, -10, 0, 0])
+        throttles = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        super().__init__(
+            num_envs,
+            gym.spaces.Box(low, high),
+            throttles if continuous else gym.spaces.Discrete(4),
+            render_mode,
+            first_env,
+        )
+        self.start_shapes = {
+            "terrain": (num_envs, CHUNKS + 2),
+            "push": (num_envs, 2),
+            "position": (num_envs, 2),
+            "angle": (num_envs,),
+        }
+        self.state = LanderState(
+            terrain=np.zeros((num_envs, CHUNKS + 1), f32),
+            pose=np.zeros((num_envs, 3, 3), f32),
+            velocity=np.zeros((num_envs, 3, 3), f32),
+            joint_impulse=np.zeros((num_envs, 2, 4), f32),
+            joint_limit=np.zeros((num_envs, 2), np.int64),
+            touched=np.full((num_envs, 3, 2), -1),
+            feature=np.full((num_envs, 3, 2, 2), -1),
+            contact_impulse=np.zeros((num_envs, 3, 2, 2, 2), f32),
+            legs_down=np.zeros((num_envs, 2), bool),
+            crashed=np.zeros(num_envs, bool),
+            still=np.zeros((num_envs, 3), f32),
+            push=np.zeros((num_envs, 2)),
+            wind=np.zeros((num_envs, 2), np.int64),
+            throttle=np.zeros((num_envs, 2)),
+            shaping=np.zeros(num_envs),
+            elapsed=np.zeros(num_envs, np.int64),
+            totals=np.zeros((num_envs, 2)),
+            rng=np.zeros((num_envs, 2), np.int64),
+        )
+        self.scratch = LanderScratch(
+            queue=np.zeros(num_envs, np.int64),
+            lane_env=np.zeros(LANES, np.int64),
+            fresh=np.zeros(LANES, bool),
+            near=np.zeros(LANES, bool),
+            solving=np.zeros(6, np.int64),
+            rows=np.zeros(ROWS * LANES, f32),
+            start=np.zeros((LANES, 3, 3), f32),
+            contact=np.zeros((LANES, 6, 8), f32),
+            contact_kind=np.zeros((LANES, 6, 5), np.int64),
+            rotation=np.zeros((3, 2), f32),
+            corners=np.zeros((6, 2), f32),
+            faces=np.zeros((6, 2), f32),
+            impact_rows=np.zeros(ROWS * LANES, f32),
+            heights=np.zeros(CHUNKS + 2),
+            sight=np.zeros(8),
+        )
+
+    def restart(self, start):
+        state = self.state
+        _lander_draw_all(self.params, state, self.scratch)
+        for env, heights in enumerate(start.get("terrain", ())):
+            _smooth(heights.copy(), state.terrain[env])
+        if "position" in start:
+            state.pose[:, LANDER, :2] = start["position"]
+        if "angle" in start:
+            state.pose[:, LANDER, ANGLE] = start["angle"]
+        if "push" in start:
+            state.push[...] = start["push"]
+        nothing, outputs = np.zeros((self.num_envs, 2), np.float32), LanderOutputs(**self.buffers)
+        _lander_step(nothing, True, self.params, state, self.scratch, outputs)
+
+    def observe(self):
+        _lander_observe(self.state, self.scratch, LanderOutputs(**self.buffers))
+
+    def advance(self, actions):
+        throttles = actions if self.continuous else THROTTLES[actions]
+        _lander_step(throttles, False, self.params, self.state, self.scratch, LanderOutputs(**self.buffers))
+
+    def draw(self, env, width=600):
+        """What Gymnasium draws: ground, flags, lander and legs; and a flame where an engine fires. 3:2, in pixels."""
+        import pygame
+
+        scale, height = 2 * width / MOON_WIDTH, 2 * width // 3  # drawn at twice the size, then smoothed
+        surface = pygame.Surface((2 * width, 2 * height))
+        surface.fill("black")
+
+        def polygon(color, corners, edge=0):  # in metres, y up
+            points = [(float(scale * x), float(2 * height - scale * y)) for x, y in corners]
+            pygame.draw.polygon(surface, color, points, edge)
+
+        ground = [(i * float(CHUNK_WIDTH), y) for i, y in enumerate(self.state.terrain[env])]
+        polygon("white", [(0.0, 0.0), *ground, (MOON_WIDTH, 0.0)])
+        for x in (0.4 * MOON_WIDTH, 0.6 * MOON_WIDTH):
+            top = PAD_HEIGHT + 50 / PIXELS
+            polygon("gray60", [(x, PAD_HEIGHT), (x, top), (x + 0.05, top), (x + 0.05, PAD_HEIGHT)])
+            polygon((204, 204, 0), [(x, top), (x, top - 10 / PIXELS), (x + 25 / PIXELS, top - 5 / PIXELS)])
+
+        def in_world(b, corners):
+            x, y, angle = self.state.pose[env, b].tolist()
+            cos, sin = math.cos(angle), math.sin(angle)
+            return (np.array(corners) - (0.0, CENTER[b])) @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
+
+        main, lateral = self.state.throttle[env]
+        if main > 0.0:
+            polygon("orange", in_world(LANDER, [(-0.2, -0.3), (0.2, -0.3), (0.0, -0.4 - 0.7 * main)]))
+        if lateral != 0.0:
+            away = math.copysign(1.0, -lateral)  # below 0 it fires on the right side, and pushes to the left
+            flame = [(0.5 * away, 0.35), (0.5 * away, 0.5), ((0.6 + 0.4 * abs(lateral)) * away, 0.42)]
+            polygon("orange", in_world(LANDER, flame))
+        for b in (1, 2, LANDER):
+            corners = in_world(b, CORNERS[b, : N_CORNERS[b]])
+            polygon((128, 102, 230), corners)
+            polygon((77, 77, 128), corners, 3)
+        surface = pygame.transform.smoothscale(surface, (width, height))
+        return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
+
+
+NATIVE_ENVS = {
+    "Swarm": Swarm,
+    "LidarNavigation": LidarNavigation,
+    "VmasNavigation": VmasNavigation,
+    "LunarLander": LunarLander,
+    "DenseLunarLander": partial(LunarLander, randomize_spawn=True),
+    "SparseLunarLander": partial(LunarLander, randomize_spawn=True, sparse_reward=True),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""ppo_swarm_lstm.py on LidarNavigation beside sb3-contrib's RecurrentPPO. From the repository's root, 20 minutes:
+
+    pip install stable-baselines3 sb3-contrib
+    python benchmarks/lidar_recurrent.py [--minutes 10]
+
+1. Training throughput with the same environments, rollouts, minibatches, epochs and widths, measured in turn. Both have
+   an LSTM and two layers for the actor, and as much for the critic (theirs has the layers after the LSTM, ours before).
+2. RecurrentPPO with its own defaults for so many minutes, then the time that ppo_swarm_lstm.py's default command took
+   to collect as many goals per robot in its training episodes. Wall time from the first step, start-up left out.
+
+For RecurrentPPO every robot is an environment of its own, all stepped by the same kernel.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+from ppo_swarm_lstm import Args, torch
+
+try:
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import VecEnv
+except ImportError as error:
+    sys.exit(f"{error}: pip install stable-baselines3 sb3-contrib")
+
+ROUNDS, ITERATIONS = 3, 6
+
+
+class Robots(VecEnv):
+    """The robots of `num_envs` arenas, as that many environments of Stable-Baselines3."""
+
+    def __init__(self, num_envs, n_agents):
+        self.envs = envs.make_vec("LidarNavigation", num_envs, 0, n_agents=n_agents)
+        observation, action = self.envs.single_observation_space, self.envs.single_action_space
+        one = {"low": observation.low[0], "high": observation.high[0], "dtype": np.float32}
+        super().__init__(
+            num_envs * n_agents,
+            type(observation)(**one),
+            type(action)(action.low[0], action.high[0], dtype=np.float32),
+        )
+        self.goals = []  # per robot, of every episode so far
+
+    def reset(self):
+        return self.envs.reset(seed=1)[0].reshape(self.num_envs, -1)
+
+    def step_async(self, actions):
+        self.actions = actions.reshape(self.envs.action_space.shape)
+
+    def step_wait(self):
+        observations, rewards, _, truncations, infos = self.envs.step(self.actions)
+        dones, each = np.repeat(truncations, rewards.shape[1]), [{} for _ in range(self.num_envs)]
+        if dones.any():
+            final = infos["final_obs"].reshape(self.num_envs, -1)
+            for robot in np.flatnonzero(dones):
+                each[robot] = {"terminal_observation": final[robot], "TimeLimit.truncated": True}
+            self.goals += infos["episode"]["goals"][truncations].tolist()
+        return observations.reshape(self.num_envs, -1), rewards.reshape(-1), dones, each
+
+    def close(self):
+        self.envs.close()
+
+    def get_attr(self, name, indices=None):
+        return [getattr(self, name, None)] * self.num_envs
+
+    def set_attr(self, name, value, indices=None):
+        raise NotImplementedError
+
+    def env_method(self, name, *args, indices=None, **kwargs):
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper, indices=None):
+        return [False] * self.num_envs
+
+
+class Watch(BaseCallback):
+    """When each iteration began, and the goals per robot in the episodes of the one before; stops after `seconds`."""
+
+    def __init__(self, seconds=float("inf")):
+        super().__init__()
+        self.seconds, self.times, self.goals = seconds, [], []
+
+    def _on_rollout_start(self):
+        self.times.append(time.perf_counter())
+        robots = self.training_env
+        self.goals.append(float(np.mean(robots.goals)) if robots.goals else 0.0)
+        robots.goals = []
+
+    def _on_step(self):
+        return time.perf_counter() - self.times[0] < self.seconds
+
+
+def script(folder, *flags):
+    """Scalars of a run of ppo_swarm_lstm.py: {tag: [(seconds since the first log, step, value)]}."""
+    subprocess.run(
+        [sys.executable, sys.path[0] + "/ppo_swarm_lstm.py", *flags], cwd=folder, check=True, capture_output=True
+    )
+    events = EventAccumulator(str(next(Path(folder).glob("runs/*"))))
+    events.Reload()
+    start = events.Scalars("charts/SPS")[0].wall_time
+    return {
+        tag: [(event.wall_time - start, event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def ours_per_second(args):
+    steps = args.num_steps * args.num_envs * args.n_agents
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--total-timesteps", str(steps * (ITERATIONS + 1)), "--eval-every", str(10**12)]
+        logged = script(folder, *flags, "--eval-episodes", "1")["charts/SPS"]
+    return steps * (len(logged) - 1) / (logged[-1][0] - logged[0][0])
+
+
+def theirs_per_second(args):
+    steps = args.num_steps * args.num_envs * args.n_agents
+    width = args.hidden_dim
+    model = RecurrentPPO(
+        "MlpLstmPolicy",
+        Robots(args.num_envs, args.n_agents),
+        n_steps=args.num_steps,
+        batch_size=steps // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        learning_rate=args.learning_rate,
+        policy_kwargs={"lstm_hidden_size": width, "net_arch": [width, width]},
+        device="cpu",
+    )
+    watch = Watch()
+    model.learn(steps * (ITERATIONS // 2 + 1), callback=watch)
+    return steps * (len(watch.times) - 1) / (watch.times[-1] - watch.times[0])
+
+
+def race(minutes):
+    robots = Robots(8, 10)
+    watch = Watch(60 * minutes)
+    RecurrentPPO("MlpLstmPolicy", robots, device="cpu").learn(10**9, callback=watch)
+    best = max(watch.goals)
+    seconds = watch.times[watch.goals.index(best)] - watch.times[0]
+    with tempfile.TemporaryDirectory() as folder:
+        goals = script(folder)["episode/goals"]
+    ours = next((passed for passed, _, value in goals if value >= best), float("inf"))
+    print(f"\nRecurrentPPO's defaults, {minutes:g} minutes: {best:.2f} goals per robot, after {seconds:.0f} s")
+    print(
+        f"ppo_swarm_lstm.py's: as many after {ours:.0f} s, {seconds / ours:.0f}x sooner; {goals[-1][2]:.2f} at its end"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0, help="of RecurrentPPO with its own defaults")
+    minutes = parser.parse_args().minutes
+    args = Args()
+    pairs = [(ours_per_second(args), theirs_per_second(args)) for _ in range(ROUNDS)]
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratios = sorted(a / b for a, b in pairs)
+    print(f"{torch.get_num_threads()} torch threads; agent-steps/s of the whole training, medians of {ROUNDS} rounds\n")
+    print("| ppo_swarm_lstm.py | RecurrentPPO, same shapes | ratio (lowest to highest) |\n|---|---|---|")
+    print(
+        f"| {ours:,.0f} | {theirs:,.0f} | {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |",
+        flush=True,
+    )
+    if minutes:
+        race(minutes)

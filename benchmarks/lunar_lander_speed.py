@@ -1,0 +1,133 @@
+"""How fast LunarLander steps in one thread, beside EnvPool and Gymnasium. From the repository's root, two minutes:
+
+    python benchmarks/lunar_lander_speed.py [--envpool /path/to/python]
+
+EnvPool needs NumPy of its own version, so it may live in another virtual environment (`pip install envpool`), whose
+interpreter is named by --envpool; without it, and where this one cannot import it, its rows are left out. Two policies:
+random actions, mostly in flight, and Gymnasium's heuristic, which lands and comes to rest. A step is all of
+`envs.step`, resets included; the time that the policy takes is not counted. The contestants take turns, round after
+round, so that a busy machine slows them all. The table has the median over the rounds in thousand steps/s, with the
+smallest and largest, and the ratio to EnvPool in the same round and with the same policy.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ROUNDS = 5
+STEPS = {"ours": 400_000, "EnvPool": 60_000, "Gymnasium": 20_000}  # of each contestant in a round, all envs together
+POLICIES = ("random", "heuristic")
+
+
+def heuristic(observations):
+    """Of lunar_lander_fidelity.py, here again because EnvPool's interpreter may lack what that file imports."""
+    x, y, vx, vy, angle, spin, left, right = observations.T
+    turn = (np.clip(0.5 * x + vx, -0.4, 0.4) - angle) * 0.5 - spin
+    climb = (0.55 * np.abs(x) - y) * 0.5 - vy * 0.5
+    down = (left > 0) | (right > 0)
+    turn, climb = np.where(down, 0.0, turn), np.where(down, -0.5 * vy, climb)
+    side = np.where(turn < -0.05, 3, np.where(turn > 0.05, 1, 0))
+    return np.where((climb > np.abs(turn)) & (climb > 0.05), 2, side)
+
+
+def steps_per_second(vector, num_envs, policy, steps):
+    rng = np.random.default_rng(0)
+    observations, _ = vector.reset()
+    spent, total = 0.0, -(-steps // num_envs)
+    for _ in range(total):
+        actions = rng.integers(4, size=num_envs) if policy == "random" else heuristic(observations)
+        start = time.perf_counter()
+        observations = vector.step(actions)[0]
+        spent += time.perf_counter() - start
+    return total * num_envs / spent
+
+
+class Single:
+    """Gymnasium's environment behind the interface of a batch of one."""
+
+    def __init__(self):
+        import gymnasium
+
+        self.env = gymnasium.make("LunarLander-v3")
+
+    def reset(self):
+        observation, info = self.env.reset()
+        return observation[None], info
+
+    def step(self, actions):
+        observation, reward, terminated, truncated, info = self.env.step(actions[0])
+        if terminated or truncated:
+            observation, info = self.env.reset()
+        return observation[None], reward, terminated, truncated, info
+
+
+def serve_envpool():
+    """In EnvPool's interpreter: one measurement for every line that comes in."""
+    import envpool
+
+    vectors = {}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        policy, num_envs = line.split()
+        num_envs = int(num_envs)
+        if num_envs not in vectors:
+            vectors[num_envs] = envpool.make_gymnasium("LunarLander-v3", num_envs=num_envs, num_threads=1, seed=0)
+        print(steps_per_second(vectors[num_envs], num_envs, policy, STEPS["EnvPool"]), flush=True)
+
+
+def main(interpreter):
+    import envs
+
+    pool = subprocess.Popen(
+        [interpreter, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with_envpool = pool.stdout.readline() == "ready\n"
+
+    def envpool(policy, num_envs):
+        print(policy, num_envs, file=pool.stdin, flush=True)
+        return float(pool.stdout.readline())
+
+    contestants, single = {}, Single()
+    for num_envs in (32, 1024):
+        ours = envs.make_vec("LunarLander", num_envs, num_workers=0)
+        ours.reset(seed=0)
+        ours.step(np.zeros(num_envs, int))  # compiles
+        contestants["ours", num_envs] = lambda policy, n=num_envs, ours=ours: steps_per_second(
+            ours, n, policy, STEPS["ours"]
+        )
+    if with_envpool:
+        for num_envs in (32, 1024):
+            contestants["EnvPool", num_envs] = lambda policy, n=num_envs: envpool(policy, n)
+    contestants["Gymnasium", 1] = lambda policy: steps_per_second(single, 1, policy, STEPS["Gymnasium"])
+    speeds = {(name, policy): [] for policy in POLICIES for name in contestants}
+    for _ in range(ROUNDS):
+        for name, policy in speeds:
+            speeds[name, policy].append(contestants[name](policy))
+
+    print("| policy | | envs | k steps/s | smallest to largest | x EnvPool, same number of envs | x Gymnasium |")
+    print("|---" * 7 + "|")
+    for (name, policy), values in speeds.items():
+        columns = []
+        for other in (("EnvPool", name[1]), ("Gymnasium", 1)):
+            ratios = [a / b for a, b in zip(values, speeds.get((other, policy), ()), strict=False)]
+            columns.append(f"{statistics.median(ratios):.1f}" if ratios and name[0] == "ours" else "")
+        median, low, high = (1e-3 * f(values) for f in (statistics.median, min, max))
+        print(f"| {policy} | {name[0]} | {name[1]} | {median:.1f} | {low:.1f} to {high:.1f} | {' | '.join(columns)} |")
+    pool.stdin.close()
+    pool.wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--envpool", default=sys.executable, help="the interpreter that can import envpool")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    serve_envpool() if options.serve else main(options.envpool)
