@@ -727,3 +727,12 @@ def test_the_baseline_drives_to_many_goals_and_rarely_collides():
 def test_the_baseline_remembers_a_hidden_goal():
     stats, _, _ = envs.evaluate(envs.lidar_policy, "LidarNavigation", 8, seed=1, goal_visible_steps=1)
     assert stats["goals"].mean() > 4
+
+
+def test_proximity_shows_the_same_scan_on_another_scale():
+    linear, near = (envs.make_vec("LidarNavigation", 4, 0, proximity=proximity) for proximity in (False, True))
+    distance, proximity = linear.reset(seed=3)[0], near.reset(seed=3)[0]
+    assert proximity[..., N_RAYS:].tolist() == distance[..., N_RAYS:].tolist()
+    distance, proximity = distance[..., :N_RAYS].astype(float), proximity[..., :N_RAYS]
+    np.testing.assert_allclose(proximity, (1 - distance) / (1 + 4 * distance), atol=1e-6)
+    assert (proximity == 0)[distance == 1].all() and near.single_observation_space.contains(near.reset(seed=3)[0][0])
