@@ -154,9 +154,10 @@ import matplotlib.backends.backend_agg, matplotlib.figure, moviepy, pygame, torc
 import envs, ppo_swarm
 
 torch.use_deterministic_algorithms(True)  # imports half of torch
-swarm = envs.make_vec("Swarm", 1, num_workers=0)  # loads the kernels
-swarm.reset(seed=0)
-swarm.step(swarm.action_space.sample())
+for env_id in sys.argv[1:]:
+    env = envs.make_vec(env_id, 1, num_workers=0)  # loads the kernels
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
 gc.freeze()  # or every child looks through all of torch once more before it ends
 child = None
 while child is None and (line := sys.stdin.readline()):
@@ -184,26 +185,26 @@ if child:
 
 
 class Nursery:
-    def __init__(self, folder):
-        self.folder, self.count = folder, 0
+    def __init__(self, folder, env_ids=("Swarm",), script=SCRIPT):
+        self.folder, self.script, self.count = folder, script, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-c", NURSERY, *env_ids],
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *jobs, probe=None):
+    def run(self, *jobs, probe=None, script=None):
         """Each job is (cwd, args); returns a Finished for each. `probe` is source executed before the script."""
-        requests = []
+        requests, script = [], script or self.script
         for cwd, args in jobs:
             self.count += 1
             cwd.mkdir(parents=True, exist_ok=True)
-            request = dict(cwd=str(cwd), flags=flags(**args), file=str(SCRIPT), patience=PATIENCE)
+            request = dict(cwd=str(cwd), flags=flags(**args), file=str(script), patience=PATIENCE)
             requests.append(request | dict(log=str(self.folder / f"output-{self.count}.txt")))
             if probe:
-                requests[-1]["file"] = str(with_probe(probe, self.folder / f"probe-{self.count}.py"))
+                requests[-1]["file"] = str(with_probe(probe, self.folder / f"probe-{self.count}.py", script))
         self.process.stdin.write(json.dumps(requests) + "\n")
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
@@ -215,9 +216,13 @@ class Nursery:
     def run_one(self, cwd, probe=None, **args):
         return self.run((cwd, args), probe=probe)[0]
 
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(PATIENCE)
 
-def with_probe(probe, path):
-    path.write_text(f"import runpy\n{probe}\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+
+def with_probe(probe, path, script=SCRIPT):
+    path.write_text(f"import runpy\n{probe}\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
     return path
 
 
@@ -225,8 +230,7 @@ def with_probe(probe, path):
 def nursery(tmp_path_factory):
     nursery = Nursery(tmp_path_factory.mktemp("nursery"))
     yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait(PATIENCE)
+    nursery.close()
 
 
 def saved(path):
@@ -1330,8 +1334,8 @@ torch.optim.Adam.step, dist.all_reduce, envs.make_vec = step, reduce, make
 TORCHRUN = SMALL | dict(total_timesteps=12 * 2 * PER_UPDATE, checkpoint_every=2 * 2 * PER_UPDATE, max_grad_norm=1e9)
 
 
-def torchrun(cwd, args, probe):
-    file = with_probe(probe, cwd / "launch.py")
+def torchrun(cwd, args, probe, script=SCRIPT):
+    file = with_probe(probe, cwd / "launch.py", script)
     return Started(
         cwd,
         args,
