@@ -79,14 +79,19 @@ def literal_lstm(memory, x, state, starts):
     return torch.tensor(features), torch.tensor(np.stack([h, c]))
 
 
-def agent_of(obs_dim, dtype=torch.float64, **args):
+def agent_of(spaces, **args):
     """Every parameter is random: at the start biases are 0 and the actor's last layer nearly so, which hides much."""
     torch.manual_seed(2)
-    agent = Agent(Args(n_agents=N_AGENTS, **dict(hidden_dim=HIDDEN) | args), Spaces(N_AGENTS, obs_dim)).to(dtype)
+    args = Args(n_agents=N_AGENTS, hidden_dim=HIDDEN, **args)
+    agent = Agent(args, spaces)
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.normal_(0, 0.5)
     return agent
+
+
+def agent_in_doubles(obs_dim, **args):
+    return agent_of(Spaces(N_AGENTS, obs_dim), **args).double()
 
 
 def sequences(seed=0, n_agents=N_AGENTS):
@@ -141,7 +146,7 @@ def close(got, expected, tolerance=1e-12):
 def test_a_sequence_is_its_steps_one_by_one_and_both_are_the_literal_lstm(policy, critic, share, share_lstm):
     obs, neighbors, state = sequences()
     kind = dict(policy=policy, critic=critic, share_policy=share, share_critic=share, share_lstm=share_lstm)
-    agent = agent_of(obs.shape[-1], **kind)
+    agent = agent_in_doubles(obs.shape[-1], **kind)
     for what, function in (("mean", lambda *inputs: mean(agent, *inputs)), ("value", agent.get_value)):
         expected = literal(agent, what, obs, neighbors, state, STARTS)
         assert expected[0].std() > 0.02
@@ -163,7 +168,7 @@ def test_memory_is_the_literal_lstm_for_any_pattern_of_starts(data):
 
 def test_two_halves_of_a_sequence_are_the_whole_of_it():
     obs, neighbors, state = sequences()
-    agent = agent_of(obs.shape[-1])
+    agent = agent_in_doubles(obs.shape[-1])
     for cut in range(1, STEPS):
         first, between = agent.get_value(obs[:, :cut], neighbors[:, :cut], state, STARTS[:, :cut])
         second, last = agent.get_value(obs[:, cut:], neighbors[:, cut:], between, STARTS[:, cut:])
@@ -171,9 +176,9 @@ def test_two_halves_of_a_sequence_are_the_whole_of_it():
 
 
 def test_a_shared_lstm_leaves_the_critic_nothing_of_its_own_but_the_last_layer():
-    names = [name for name, _ in agent_of(24, share_lstm=True).named_parameters() if name.startswith("critic")]
+    names = [name for name, _ in agent_in_doubles(24, share_lstm=True).named_parameters() if name.startswith("critic")]
     assert names == ["critic_value.weight", "critic_value.bias"]
-    apart = {name.split(".")[0] for name, _ in agent_of(24).named_parameters()}
+    apart = {name.split(".")[0] for name, _ in agent_in_doubles(24).named_parameters()}
     assert {"critic", "critic_memory", "actor", "actor_memory"} <= apart
 
 
@@ -182,7 +187,9 @@ def test_a_shared_lstm_leaves_the_critic_nothing_of_its_own_but_the_last_layer()
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradients_reach_every_parameter_of_every_agent(policy, share, share_lstm):
     obs, neighbors, state = sequences()
-    agent = agent_of(obs.shape[-1], policy=policy, share_policy=share, share_critic=share, share_lstm=share_lstm)
+    agent = agent_in_doubles(
+        obs.shape[-1], policy=policy, share_policy=share, share_critic=share, share_lstm=share_lstm
+    )
     distribution, _ = agent.get_policy(obs, neighbors, state, STARTS)
     values, _ = agent.get_value(obs, neighbors, state, STARTS)
     (distribution.log_prob(torch.randn_like(distribution.mean)).mean() + (values - 1).square().mean()).backward()
@@ -207,7 +214,7 @@ def outputs_of(agent, what, *inputs):
 @pytest.mark.parametrize("share", [True, False], ids=["one for all agents", "one for each agent"])
 def test_gradients_flow_back_to_the_start_of_the_episode_and_not_a_step_further(what, share, share_lstm):
     obs, neighbors, state = sequences()
-    agent = agent_of(obs.shape[-1], share_policy=share, share_critic=share, share_lstm=share_lstm)
+    agent = agent_in_doubles(obs.shape[-1], share_policy=share, share_critic=share, share_lstm=share_lstm)
     obs.requires_grad_(), state.requires_grad_()
     outputs, _ = outputs_of(agent, what, obs, neighbors, state, STARTS)
     for env in range(BATCH):
@@ -228,7 +235,7 @@ def test_gradients_flow_back_to_the_start_of_the_episode_and_not_a_step_further(
 def test_gradients_of_the_weights_are_those_of_the_episodes_apart(what):
     """One sequence with a start in its middle, against two sequences of which the second has an empty state."""
     obs, neighbors, state = sequences()
-    agent, cut = agent_of(obs.shape[-1]), 3
+    agent, cut = agent_in_doubles(obs.shape[-1]), 3
     starts = torch.zeros(BATCH, STEPS, dtype=torch.float64)
     starts[:, cut] = 1
     outputs, _ = outputs_of(agent, what, obs, neighbors, state, starts)
@@ -252,7 +259,7 @@ def test_gradients_of_the_weights_are_those_of_the_episodes_apart(what):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_permuting_the_agents_permutes_outputs_and_states(policy, what):
     obs, neighbors, state = sequences()
-    agent = agent_of(obs.shape[-1], policy=policy)
+    agent = agent_in_doubles(obs.shape[-1], policy=policy)
     order = torch.tensor([3, 0, 4, 1, 2])
     permuted = obs[:, :, order], torch.argsort(order)[neighbors[:, :, order]], state[:, :, order]
     outputs, last = outputs_of(agent, what, obs, neighbors, state, STARTS)
@@ -264,7 +271,7 @@ def test_permuting_the_agents_permutes_outputs_and_states(policy, what):
 @pytest.mark.parametrize("share", [True, False], ids=["one for all agents", "one for each agent"])
 def test_what_one_robot_saw_changes_what_it_does_later_and_nothing_that_others_do(share, what):
     obs, neighbors, state = sequences()
-    agent = agent_of(obs.shape[-1], share_policy=share, share_critic=share)
+    agent = agent_in_doubles(obs.shape[-1], share_policy=share, share_critic=share)
     changed = obs.clone()
     changed[0, 2, 1] += 1.0  # what robot 1 of the first environment, in which no episode ends, sees at step 2
     outputs, last = outputs_of(agent, what, obs, neighbors, state, STARTS)
@@ -279,7 +286,7 @@ def test_what_one_robot_saw_changes_what_it_does_later_and_nothing_that_others_d
 
 def test_a_central_critic_learns_of_it_and_the_actors_still_do_not():
     obs, neighbors, state = sequences()
-    agent = agent_of(obs.shape[-1], critic="central")
+    agent = agent_in_doubles(obs.shape[-1], critic="central")
     changed = obs.clone()
     changed[0, 2, 1] += 1.0
     values, others = (agent.get_value(x, neighbors, state, STARTS)[0] for x in (obs, changed))
@@ -301,21 +308,9 @@ def lidar(num_envs=BATCH, max_steps=5):
     return made, observations, infos
 
 
-def policy_of_memory():
-    made, _, _ = lidar()
-    obs_dim = made.single_observation_space.shape[-1]
-    torch.manual_seed(0)
-    agent = Agent(Args(env_id="LidarNavigation", n_agents=N_AGENTS, hidden_dim=HIDDEN), made)
-    with torch.no_grad():
-        for parameter in agent.parameters():
-            parameter.normal_(0, 0.5)
-    assert obs_dim == 36
-    return agent
-
-
 def test_a_policy_carries_its_state_and_starts_anew_exactly_where_an_episode_ended():
-    agent = policy_of_memory()
     made, observations, infos = lidar()
+    agent = agent_of(made)
     act, begun = agent.make_policy(made), np.zeros(BATCH)
     seen, starts, actions = [], [], []
     for _ in range(2 * STEPS):
@@ -334,8 +329,8 @@ def test_a_policy_carries_its_state_and_starts_anew_exactly_where_an_episode_end
 
 
 def test_every_policy_made_starts_empty_and_has_a_state_of_its_own():
-    agent = policy_of_memory()
     made, observations, infos = lidar()
+    agent = agent_of(made)
     act, actions = agent.make_policy(made), []
     for _ in range(4):  # the same observation: what differs is memory
         actions.append(act(observations, {}))
@@ -347,7 +342,7 @@ def test_every_policy_made_starts_empty_and_has_a_state_of_its_own():
 
 
 def test_evaluations_do_not_remember_each_other():
-    agent = policy_of_memory()
+    agent = agent_of(lidar()[0])
     runs = [
         envs.evaluate(agent.make_policy, "LidarNavigation", count, 5, n_agents=N_AGENTS, max_steps=12)[1]
         for count in (3, 3, 2)
