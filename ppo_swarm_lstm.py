@@ -201,7 +201,7 @@ class Memory(nn.Module):
 
 
 class Agent(nn.Module):
-    """Actor and critic, with no layer in common; inputs and outputs are (batch, n_agents, ...)."""
+    """Actor and critic; inputs and outputs are (batch, n_agents, ...)."""
 
     def __init__(self, args, envs):
         super().__init__()

@@ -732,7 +732,7 @@ def test_the_baseline_remembers_a_hidden_goal():
 def test_proximity_shows_the_same_scan_on_another_scale():
     linear, near = (envs.make_vec("LidarNavigation", 4, 0, proximity=proximity) for proximity in (False, True))
     distance, proximity = linear.reset(seed=3)[0], near.reset(seed=3)[0]
-    assert proximity[..., N_RAYS:].tolist() == distance[..., N_RAYS:].tolist()
-    distance, proximity = distance[..., :N_RAYS].astype(float), proximity[..., :N_RAYS]
+    assert proximity[..., envs.N_RAYS:].tolist() == distance[..., envs.N_RAYS:].tolist()
+    distance, proximity = distance[..., :envs.N_RAYS].astype(float), proximity[..., :envs.N_RAYS]
     np.testing.assert_allclose(proximity, (1 - distance) / (1 + 4 * distance), atol=1e-6)
     assert (proximity == 0)[distance == 1].all() and near.single_observation_space.contains(near.reset(seed=3)[0][0])
