@@ -830,7 +830,6 @@ class LidarParams(NamedTuple):
     height: float  # along y [m]
     max_steps: int
     goal_visible_steps: int
-    proximity: bool
     side: float  # of the square that the cell grids divide: the longer side of the arena [m]
     lidar_cells: int  # grid cells along it, each at least a lidar's range and the largest radius wide
     contact_cells: int  # the same for contacts, each at least as wide as two touching discs are apart
@@ -1080,7 +1079,7 @@ def _lidar_reward(env, params, state, scratch, outputs):
 
 @kernel
 def _scan(cos, sin, left, right, below, above, seen, n_seen, row):
-    """One lidar: row[k] is how far ray k gets, at most 1, everything in lidar ranges.
+    """One lidar: row[k] is the reading of ray k, everything else in lidar ranges.
 
     left, right, below and above are the distances to the walls; seen[:n_seen] are the discs. In float32 and without
     branches, so that it compiles to vector instructions over the rays; within 1e-6, or 1e-3 where a ray only grazes.
@@ -1099,15 +1098,13 @@ def _scan(cos, sin, left, right, below, above, seen, n_seen, row):
             root = math.sqrt(max(inside, zero))
             hit = max(along - root, zero) if (inside > zero) & (along + root > zero) else one
             row[k] = min(row[k], hit)
+    for k in range(N_RAYS):  # near things get most of the scale: only they are a reason to turn
+        row[k] = np.float32(5.0) * row[k] / (one + np.float32(4.0) * row[k])
 
 
-@kernel
-def _proximity(distance):
-    """1 at distance 0, 0 from the lidar's range on, and half of it within a sixth of the range; its own inverse.
-
-    Of a distance that is linear, a network hardly notices the last half metre, in which alone there is reason to turn.
-    """
-    return (np.float32(1.0) - distance) / (np.float32(1.0) + np.float32(4.0) * distance)
+def lidar_distance(reading):
+    """What the rays of LidarNavigation have measured [m], from their readings (any shape); 3 where nothing is near."""
+    return LIDAR_RANGE * reading / (5.0 - 4.0 * reading)
 
 
 @inlined
@@ -1146,9 +1143,6 @@ def _lidar_observe(env, params, state, scratch, outputs):
             np.float32(cos), np.float32(sin), np.float32(x), np.float32(params.width / LIDAR_RANGE - x),
             np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, observations[env, i],
         )  # fmt: skip
-        if params.proximity:
-            for k in range(N_RAYS):
-                observations[env, i, k] = _proximity(observations[env, i, k])
         observations[env, i, N_RAYS] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * WHEEL_SPEED)
         observations[env, i, N_RAYS + 1] = (wheel[env, i, 1] - wheel[env, i, 0]) / (2.0 * WHEEL_SPEED)
         dx, dy = state.goal[env, i, 0] - position[env, i, 0], state.goal[env, i, 1] - position[env, i, 1]
@@ -1187,11 +1181,12 @@ class LidarNavigation(NativeVectorEnv):
     forward speed becomes what it really got ahead. A step of DT is within 0.01 mm of the differential equation.
 
     Observation (num_envs, n_agents, 36), in the robot's own frame: 32 rays, the first straight ahead and then
-    counter-clockwise, from its centre to the nearest wall, obstacle or robot, in LIDAR_RANGE, exactly 1 where nothing
-    is within it; forward speed and yaw rate, by their largest; the goal (forward, left) / (1 m + distance), which keeps
-    the direction and, within (-1, 1), the distance. With `goal_visible_steps` a goal is in that many observations from
-    the one on which it was set, and then (0, 0): it has to be remembered. With `proximity` a ray of length d is given
-    as (1 - d) / (1 + 4 d), which is 0 where nothing is within range: policies trained on it bump half as often.
+    counter-clockwise, from its centre to the nearest wall, obstacle or robot, at a distance of d lidar ranges as
+    5 d / (1 + 4 d): exactly 1 where nothing is within range, and half of the scale for the last 0.5 m, which lets
+    policies learn to keep clear (`lidar_distance` turns it back into metres); forward speed and yaw rate, by their
+    largest; the goal (forward, left) / (1 m + distance), which keeps the direction and, within (-1, 1), the distance.
+    With `goal_visible_steps` a goal is in that many observations from the one on which it was set, and then (0, 0): it
+    has to be remembered.
 
     A robot within GOAL_RADIUS of its goal has arrived and gets a new one in the same step. Reward of a robot, the
     weighted sum of these terms:
@@ -1230,7 +1225,6 @@ class LidarNavigation(NativeVectorEnv):
         height=6.0,
         max_steps=500,
         goal_visible_steps=None,
-        proximity=False,
         progress_weight=1.0,
         arrival_weight=2.0,
         collision_weight=0.2,
@@ -1251,8 +1245,6 @@ class LidarNavigation(NativeVectorEnv):
                 raise ValueError(f"{name} is {count}: at most {most} have room in an arena of {width:g} x {height:g} m")
         if goal_visible_steps is not None:
             goal_visible_steps = _integer("goal_visible_steps", goal_visible_steps, 1)
-        if not isinstance(proximity, bool):
-            raise ValueError(f"proximity is {proximity!r}: it must be True or False")
         weights = dict(
             progress_weight=progress_weight,
             arrival_weight=arrival_weight,
@@ -1265,7 +1257,6 @@ class LidarNavigation(NativeVectorEnv):
             height=height,
             max_steps=_integer("max_steps", max_steps, 1),
             goal_visible_steps=2**62 if goal_visible_steps is None else goal_visible_steps,
-            proximity=proximity,
             side=side,
             lidar_cells=_cells_along(side, LIDAR_RANGE + OBSTACLE_RADII[1], n_discs),
             contact_cells=_cells_along(side, ROBOT_RADIUS + OBSTACLE_RADII[1], n_discs / 2),
@@ -1358,8 +1349,7 @@ class LidarNavigation(NativeVectorEnv):
             pygame.draw.circle(surface, "gray70", (x, y), radius)
         position, direction = scale * self.state.position[env], self.state.direction[env]
         cos, sin = direction[0]
-        rays = self.buffers["observations"][env, 0, :N_RAYS]
-        rays = (_proximity(rays) if self.params.proximity else rays) * LIDAR_RANGE * scale
+        rays = scale * lidar_distance(self.buffers["observations"][env, 0, :N_RAYS])
         for reach, ahead, left in zip(rays, RAY_COS, RAY_SIN, strict=True):
             end = position[0] + reach * np.array([cos * ahead - sin * left, sin * ahead + cos * left])
             pygame.draw.line(surface, (255, 205, 205), position[0], end, 2)
@@ -3138,8 +3128,7 @@ def lidar_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0.55
         goal[...] = np.where(length > 0.0, shown / (1.0 - length), remembered)
         distance, to_goal = np.linalg.norm(goal, axis=-1), np.arctan2(goal[..., 1], goal[..., 0])
 
-        reading = observations[..., None, :N_RAYS]  # (num_envs, n_agents, 1, rays)
-        reading = LIDAR_RANGE * (_proximity(reading) if envs.params.proximity else reading)
+        reading = lidar_distance(observations[..., None, :N_RAYS])  # (num_envs, n_agents, 1, rays)
         blocks = (reading < LIDAR_RANGE) & (cos > 0.0) & (reading * sin < width)
         free = np.where(blocks, reading * cos, LIDAR_RANGE).min(-1) - ROBOT_RADIUS  # (num_envs, n_agents, ways)
         enough = np.minimum(ahead, distance)[..., None]

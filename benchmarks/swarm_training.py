@@ -1,4 +1,4 @@
-"""How near ppo_swarm.py's loop comes to what torch alone needs. From the repository's root, in about 2 minutes:
+"""How near ppo_swarm.py's loop comes to what torch alone needs. From the repository's root, in about 3 minutes:
 
     python benchmarks/swarm_training.py
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 from ppo_swarm import Agent, Args, torch
 
-ITERATIONS, ROUNDS = 40, 3
+ITERATIONS, ROUNDS = 40, 5
 
 
 def script(policy, critic):

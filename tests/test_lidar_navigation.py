@@ -127,6 +127,11 @@ def chase(vector, target):
     return np.stack([forward - turn, forward + turn], axis=-1).clip(-1, 1).astype(np.float32)
 
 
+def ranges(observations):
+    """How far the rays get, in lidar ranges."""
+    return envs.lidar_distance(observations[..., :RAYS].astype(float)) / 3
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The lidar
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def test_walls_obstacles_and_robots_are_seen_where_they_are_and_nothing_is_exact
     vector, start = alone(3, [(10, 12, 0.5), (7, 7, 0.2)])
     start |= {"position": [[[10, 10], [8.5, 10], [1.5, 10]]], "heading": [[math.pi / 2, 0, math.pi]]}
     observations, _ = vector.reset(seed=0, options=start)
-    scan = observations[0, :, :RAYS]
+    scan = ranges(observations[0])
     # The first looks up at an obstacle 1.5 m away; the second robot is 1.4 m to its left, behind that all is free.
     assert scan[0, 0] == pytest.approx(1.5 / 3, abs=1e-6)
     assert scan[0, 8] == pytest.approx(1.4 / 3, abs=1e-6)
@@ -158,14 +163,14 @@ def test_rays_are_counted_counter_clockwise_from_straight_ahead(k):
     observations, _ = vector.reset(seed=0, options=start | {"position": [[[10, 10], there]], "heading": [[0.3, 0]]})
     expected = np.ones(RAYS)
     expected[k] = 1.9 / 3
-    np.testing.assert_allclose(observations[0, 0, :RAYS], expected, atol=1e-6)
+    np.testing.assert_allclose(ranges(observations[0, 0]), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("distance", [3.099, 3.101])
 def test_what_is_beyond_the_range_by_a_millimetre_is_not_seen(distance):
     vector, start = alone(2)
     start |= {"position": [[[10, 10], [10 + distance, 10]]], "heading": [[0, 0]]}
-    reading = vector.reset(seed=0, options=start)[0][0, 0, 0]
+    reading = ranges(vector.reset(seed=0, options=start)[0][0, 0])[0]
     assert reading == (1.0 if distance > 3.1 else pytest.approx(2.999 / 3, abs=1e-6))
 
 
@@ -189,7 +194,7 @@ def test_scans_match_the_reference(grid, data):
     observations, _ = vector.reset(seed=0, options={"position": position, "heading": heading, "obstacle": obstacle})
     for env in range(2):
         expected, margin = readings(position[env], heading[env], obstacle[env], width, height)
-        error = np.abs(observations[env, :, :RAYS] - expected)
+        error = np.abs(ranges(observations[env]) - expected)
         assert error[margin > 1e-5].max() < 3e-5 and (margin > 1e-5).mean() > 0.9
         assert (observations[env, :, :RAYS][(expected == 1) & (margin > 1e-5)] == 1).all()
 
@@ -201,7 +206,7 @@ def test_the_scans_of_a_hundred_robots_under_way_match_the_reference():
     observations = play(vector, random_actions(vector, 30, low=-0.3))[-1][0]
     state = vector.get_state()
     expected, margin = readings(state["position"][0], headings(vector)[0], state["obstacle"][0], 30, 18)
-    assert np.abs(observations[0, :, :RAYS] - expected)[margin > 1e-5].max() < 3e-5
+    assert np.abs(ranges(observations[0]) - expected)[margin > 1e-5].max() < 3e-5
     assert 0.1 < (expected < 1).mean() < 0.9
 
 
@@ -212,7 +217,7 @@ def test_turning_the_body_turns_the_scan_and_the_goal(k):
     state = vector.get_state()
     start = {name: state[name] for name in ("position", "goal", "obstacle")}
     turned, _ = vector.reset(options=start | {"heading": headings(vector) + 2 * math.pi * k / RAYS})
-    np.testing.assert_allclose(turned[..., :RAYS], np.roll(observations[..., :RAYS], -k, axis=-1), atol=2e-3)
+    np.testing.assert_allclose(ranges(turned), np.roll(ranges(observations), -k, axis=-1), atol=2e-3)
     angle = 2 * math.pi * k / RAYS
     forward, left = observations[..., 34], observations[..., 35]
     np.testing.assert_allclose(turned[..., 34], math.cos(angle) * forward + math.sin(angle) * left, atol=1e-6)
@@ -302,7 +307,7 @@ def test_a_robot_that_drives_into_a_wall_stops_there_and_pays_on_every_step():
     np.testing.assert_allclose(vector.get_state()["position"], [[[19.9, 10]]], atol=1e-12)
     assert rewards[0] == 0 and rewards[-20:] == [-0.5] * 20
     assert abs(observations[0, 0, 32]) < 1e-6  # it gets nowhere, so its wheels stand
-    assert observations[0, 0, 0] == pytest.approx(0.1 / 3, abs=1e-6)
+    assert ranges(observations)[0, 0, 0] == pytest.approx(0.1 / 3, abs=1e-6)
 
 
 def test_a_robot_slides_along_a_wall_that_it_meets_at_an_angle():
@@ -729,10 +734,13 @@ def test_the_baseline_remembers_a_hidden_goal():
     assert stats["goals"].mean() > 4
 
 
-def test_proximity_shows_the_same_scan_on_another_scale():
-    linear, near = (envs.make_vec("LidarNavigation", 4, 0, proximity=proximity) for proximity in (False, True))
-    distance, proximity = linear.reset(seed=3)[0], near.reset(seed=3)[0]
-    assert proximity[..., envs.N_RAYS:].tolist() == distance[..., envs.N_RAYS:].tolist()
-    distance, proximity = distance[..., :envs.N_RAYS].astype(float), proximity[..., :envs.N_RAYS]
-    np.testing.assert_allclose(proximity, (1 - distance) / (1 + 4 * distance), atol=1e-6)
-    assert (proximity == 0)[distance == 1].all() and near.single_observation_space.contains(near.reset(seed=3)[0][0])
+def test_near_things_get_most_of_the_scale():
+    distance = np.linspace(0.1, 3, 50)
+    vector, start = alone(1)
+    start |= {"heading": [[0.0]]}
+    readings = []
+    for d in distance:  # of the wall ahead
+        start["position"] = [[[20 - d, 10]]]
+        readings.append(vector.reset(seed=0, options=start)[0][0, 0, 0])
+    np.testing.assert_allclose(readings, 5 * (distance / 3) / (1 + 4 * (distance / 3)), atol=1e-6)
+    np.testing.assert_allclose(envs.lidar_distance(np.array(readings)), distance, atol=1e-5)
