@@ -70,6 +70,8 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
       where `infos["_episode"]` is True. Both are present only on steps in which an episode ended.
     - Returned arrays are copies: the next step leaves them as they are.
     - The same seed gives the same trajectories for any number of workers.
+    - `reset(seed=..., options={"identical": True})` starts all environments as environment 0 starts with that seed;
+      after that, each draws random numbers of its own.
 
     Raises ValueError, before anything starts, that names the argument, its value and what is allowed.
     """
@@ -141,6 +143,13 @@ def _valid_actions(actions, space):
     return actions
 
 
+def _pop_identical(options, seed):
+    identical = options.pop("identical", False)
+    if not isinstance(identical, bool) or (identical and seed is None):
+        raise ValueError(f"options['identical'] is {identical!r}: it must be True or False, and True needs a seed")
+    return identical
+
+
 def _check_steppable(envs):
     if envs.closed:
         raise gym.error.ClosedEnvironmentError("step after close: make new environments")
@@ -203,6 +212,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
         options = {} if options is None else dict(options)
+        identical = _pop_identical(options, seed)
         unknown = set(options) - set(self.start_shapes)
         if unknown:
             raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(self.start_shapes)}")
@@ -214,7 +224,13 @@ class NativeVectorEnv(gym.vector.VectorEnv):
             seed = _integer("seed", np.random.SeedSequence().entropy % 2**63 if seed is None else seed, 0, 2**63 - 1)
             _seed_rng(self.state.rng, np.uint64(seed), np.uint64(self.first_env))
             self.started = True
+        streams = self.state.rng.copy()
+        if identical:
+            _seed_rng(self.state.rng[:1], np.uint64(seed), np.uint64(0))
+            self.state.rng[...] = self.state.rng[0]
         self.restart(start)
+        if identical:
+            self.state.rng[...] = streams
         return self._observed()
 
     def step(self, actions):
@@ -3202,9 +3218,10 @@ def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
     metrics = [
         name for name in names if name not in ("r", "l") and any(stats[name].any() for stats, _, _ in results.values())
     ]
-    lines = [f"| policy | return | reward per step | {' | '.join(metrics)} |", "|---" * (len(metrics) + 3) + "|"]
+    heads = ["policy", "return", "length", "reward per step", *metrics]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, (stats, _, _) in results.items():
-        columns = [stats["r"], stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
+        columns = [stats["r"], stats["l"], stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
         lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
     if folder is not None:
         _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
@@ -3404,11 +3421,17 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             raise gym.error.ClosedEnvironmentError("reset after close")
         if seed is not None:
             seed = _integer("seed", seed, 0)
+        options = None if options is None else dict(options)
+        identical = bool(options) and _pop_identical(options, seed)
         env_seed = None
         for i, env in enumerate(self.envs):
             if seed is not None:  # 32 bits: no environment refuses them
-                env_seed = int(np.random.SeedSequence(seed, spawn_key=(self.first_env + i,)).generate_state(1)[0])
-            self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options)
+                own = np.random.SeedSequence(seed, spawn_key=(self.first_env + i,))
+                first = np.random.SeedSequence(seed, spawn_key=(0,))
+                env_seed = int((first if identical else own).generate_state(1)[0])
+            self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options or None)
+            if identical:
+                env.unwrapped.np_random = np.random.default_rng(own)
             self.returns[i], self.lengths[i] = 0.0, 0
         self.started = True
         return self.buffers["observations"].copy(), {}
@@ -3526,11 +3549,13 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         seed = None if seed is None else _integer("seed", seed, 0, 2**63 - 1)
         parts = [options] * len(self.tasks)
         if options and isinstance(self.probe, NativeVectorEnv):
+            options = dict(options)
+            identical = _pop_identical(options, seed)
             starts = {name: np.empty(shape) for name, shape in self.probe.start_shapes.items()}
             unknown = set(options) - set(starts)
             if unknown:
                 raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(starts)}")
-            parts = self._split("options", options, starts)
+            parts = [part | {"identical": identical} for part in self._split("options", options, starts)]
         self._tell(CALL, [methodcaller("reset", seed=seed, options=part) for part in parts])
         return self._observed()
 

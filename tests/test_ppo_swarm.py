@@ -213,8 +213,8 @@ class Nursery:
             for request, (cwd, _) in zip(requests, jobs, strict=True)
         ]
 
-    def run_one(self, cwd, probe=None, **args):
-        return self.run((cwd, args), probe=probe)[0]
+    def run_one(self, cwd, probe=None, script=None, **args):
+        return self.run((cwd, args), probe=probe, script=script)[0]
 
     def close(self):
         self.process.stdin.close()
