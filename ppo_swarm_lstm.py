@@ -579,4 +579,5 @@ if __name__ == "__main__":
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
         print(f"{(time.time() - start_time) / 60:.1f} minutes. In {run_dir}: model.pt, eval.png, eval.mp4, TensorBoard")
     if world_size > 1:
+        dist.barrier()  # torchrun ends all if one fails, even on its way out: rank 0 has to have written its files
         dist.destroy_process_group()
