@@ -3322,8 +3322,10 @@ def lock(folder):
     """One process at a time in a run's folder; the lock goes when the process ends, however it ends."""
     import fcntl  # not on Windows
 
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.register_at_fork(after_in_child=partial(os.close, descriptor))  # or a child that outlives us would keep the lock
     try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -3512,7 +3514,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.buffers = {
-            name: _shared_array((num_envs, *array.shape[1:]), array.dtype) for name, array in probe.buffers.items()
+            name: shared_array((num_envs, *array.shape[1:]), array.dtype) for name, array in probe.buffers.items()
         }
         context = multiprocessing.get_context("fork")
         bounds = [num_envs * worker // num_workers for worker in range(num_workers + 1)]
@@ -3521,8 +3523,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
             make_slice=make_slice,
             slices=[slice(first, last) for first, last in itertools.pairwise(bounds)],
             buffers=self.buffers,
-            actions=_shared_array(self.action_space.shape, self.action_space.dtype),
-            pids=_shared_array((num_workers,), np.int64),
+            actions=shared_array(self.action_space.shape, self.action_space.dtype),
+            pids=shared_array((num_workers,), np.int64),
             order=mmap.mmap(-1, 1),
             go=[context.Semaphore(0) for _ in range(num_workers)],
             done=[context.Semaphore(0) for _ in range(num_workers)],
@@ -3730,7 +3732,8 @@ def _take(semaphore, poll_seconds, check):
             check()
 
 
-def _shared_array(shape, dtype):
+def shared_array(shape, dtype):
+    """Zeros in memory that this process shares with those that it will fork."""
     count = math.prod(shape)
     memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))  # anonymous: gone with the last to hold it
     return np.frombuffer(memory, dtype, count).reshape(shape)
