@@ -122,7 +122,7 @@ def _array(name, value, shape, dtype):
         raise ValueError(f"{name} is {value!r}: it must be an array of numbers of shape {shape}") from None
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}: it must be {shape}")
-    if not np.isfinite(array).all():
+    if np.count_nonzero(np.isfinite(array)) < array.size:  # several times faster than all()
         raise ValueError(f"{name} holds NaN or infinity: every entry must be finite")
     return np.ascontiguousarray(array)
 
@@ -162,7 +162,7 @@ def _collect(buffers, info_names, stat_names):
     terminations, truncations = buffers["terminations"].copy(), buffers["truncations"].copy()
     infos = {name: buffers[name].copy() for name in info_names}
     done = terminations | truncations  # (num_envs,)
-    if done.any():
+    if np.count_nonzero(done):  # several times faster than any()
         infos["final_obs"], infos["_final_obs"] = buffers["final_observations"].copy(), done
         infos["final_info"] = {name: buffers["final_" + name].copy() for name in info_names}
         infos["_final_info"] = done
@@ -1420,6 +1420,7 @@ class VmasState(NamedTuple):
 class VmasScratch(NamedTuple):
     force: np.ndarray  # (n_agents, 2)
     touching: np.ndarray  # (n_agents,), how many others an agent touches
+    distance: np.ndarray  # (num_envs,), of all agents to their goals, summed, before the step
 
 
 class VmasOutputs(NamedTuple):
@@ -1560,12 +1561,11 @@ def _vmas_step(actions, params, state, scratch, outputs):
     for env in range(actions.shape[0]):
         position, velocity, goal = state.agent_pos[env], state.agent_vel[env], state.goal_pos[env]
         observations, rewards, totals = outputs.observations[env], outputs.rewards[env], state.totals[env]
-        before, _, _ = _to_goals(position, goal)
         _vmas_move(actions[env], position, velocity, scratch.force)
         _vmas_observe(position, velocity, goal, scratch.touching, observations)
         after, farthest, arrived = _to_goals(position, goal)
 
-        progress = params.pos_shaping_factor * (before - after)
+        progress = params.pos_shaping_factor * (scratch.distance[env] - after)
         final = params.final_reward if farthest < VMAS_GOAL_RADIUS else 0.0
         touching = 0.0
         for i in range(n_agents):
@@ -1580,6 +1580,7 @@ def _vmas_step(actions, params, state, scratch, outputs):
         totals[5] += final
         totals[6] += collision
 
+        scratch.distance[env] = after
         state.elapsed[env] += 1
         outputs.terminations[env] = arrived == n_agents
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
@@ -1589,6 +1590,7 @@ def _vmas_step(actions, params, state, scratch, outputs):
             outputs.stats[env, 2] /= totals[1]
             _vmas_reset(env, state)
             _vmas_observe(position, velocity, goal, scratch.touching, observations)
+            scratch.distance[env], _, _ = _to_goals(position, goal)
 
 
 class VmasNavigation(NativeVectorEnv):
@@ -1661,7 +1663,9 @@ class VmasNavigation(NativeVectorEnv):
             totals=np.zeros((num_envs, len(self.stat_names))),
             rng=np.zeros((num_envs, 2), np.int64),
         )
-        self.scratch = VmasScratch(force=np.zeros((n_agents, 2)), touching=np.zeros(n_agents))
+        self.scratch = VmasScratch(
+            force=np.zeros((n_agents, 2)), touching=np.zeros(n_agents), distance=np.zeros(num_envs)
+        )
 
     def restart(self, start):
         for env in range(self.num_envs):
@@ -1673,6 +1677,7 @@ class VmasNavigation(NativeVectorEnv):
         position, velocity, goal = self.state.agent_pos, self.state.agent_vel, self.state.goal_pos
         for env, observations in enumerate(self.buffers["observations"]):
             _vmas_observe(position[env], velocity[env], goal[env], self.scratch.touching, observations)
+            self.scratch.distance[env], _, _ = _to_goals(position[env], goal[env])
 
     def advance(self, actions):
         _vmas_step(actions, self.params, self.state, self.scratch, VmasOutputs(**self.buffers))
