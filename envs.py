@@ -19,6 +19,7 @@ but Box2D's float32 in Lunar Lander.
 """
 
 import contextlib
+import importlib
 import inspect
 import io
 import itertools
@@ -57,7 +58,7 @@ inlined = njit(cache=True, error_model="numpy", inline="always")
 def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs):
     """Build `num_envs` environments that step together, as one `gymnasium.vector.VectorEnv`.
 
-    env_id        a native id (NATIVE_ENVS lists them) or any id that `gymnasium.make` knows
+    env_id        a native id (NATIVE_ENVS lists them) or any id that `gymnasium.make` knows, also "module:id"
     num_workers   processes to step in; 0 steps in this process; None picks by what is being stepped
     render_mode   None, "rgb_array" or "human"
     env_kwargs    arguments of the environment's class, or of `gymnasium.make`
@@ -3212,8 +3213,8 @@ def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
     """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
 
     Returns (scores, table): the mean return of each, and the whole comparison as Markdown, mean and standard deviation
-    over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and `eval.mp4` (the
-    first episode of each, side by side).
+    over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and, of an environment that draws
+    pictures, `eval.mp4` (the first episode of each, side by side).
     """
     entries = {name: (make_policy, env_kwargs) for name, make_policy in policies.items()}
     entries |= baselines(env_id, **env_kwargs)
@@ -3230,6 +3231,9 @@ def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
         lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
     if folder is not None:
         _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
+        if "rgb_array" not in make_vec(env_id, 1, num_workers=0, **env_kwargs).metadata.get("render_modes", ()):
+            print(f"no eval.mp4: {env_id} draws no pictures")
+            return scores, "\n".join(lines)
         videos = {}
         for name, (make_policy, kwargs) in entries.items():
             videos[f"{name}   {scores[name]:.1f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
@@ -3387,8 +3391,11 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
 
     def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
         try:
-            gym.spec(env_id)
-        except (gym.error.Error, TypeError) as error:
+            module, _, name = env_id.rpartition(":")  # "module:id": the module registers it
+            if module:
+                importlib.import_module(module)
+            gym.spec(name)
+        except (gym.error.Error, AttributeError, ImportError) as error:
             allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
             raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
         if render_mode not in (None, "rgb_array", "human"):

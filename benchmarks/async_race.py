@@ -1,0 +1,127 @@
+"""async_ppo.py beside Stable-Baselines3's PPO with its zoo's settings: seconds until 20 episodes go well.
+
+    pip install stable-baselines3==2.9.2
+    python benchmarks/async_race.py CartPole-v1         [--sb3 INTERPRETER] [--seeds 1 2 3 4 5]
+    python benchmarks/async_race.py LunarLander-v3
+
+From the repository's root; 2 and 10 minutes. Both play 20 greedy, held-out episodes every so many steps, CartPole-v1 or
+Gymnasium's own LunarLander-v3, and have arrived when the mean return reaches 475 or 200. Printed, for each seed: the
+steps and the seconds from the first one of training; the same seconds plus start-up, from the launch of the process.
+SB3's evaluations are taken out of its time; those of async_ppo.py, which trains on the native lander, count in full.
+"""
+
+import argparse
+import operator
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+TARGETS = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}
+FLAGS = {
+    "CartPole-v1": "--total-timesteps 60000 --eval-every 2048 --eval-episodes 20",
+    "LunarLander-v3": "LANDER",
+}
+ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
+    "CartPole-v1": dict(
+        n_envs=8, n_timesteps=100_000, n_steps=32, batch_size=256, gae_lambda=0.8, gamma=0.98, n_epochs=20,
+        ent_coef=0.0, learning_rate="lin_0.001", clip_range="lin_0.2",
+    ),
+    "LunarLander-v3": dict(
+        n_envs=16, n_timesteps=1_000_000, n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4,
+        ent_coef=0.01,
+    ),
+}  # fmt: skip
+EVAL_EVERY = {"CartPole-v1": 2048, "LunarLander-v3": 20_000}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sb3(env_id, seed, launch):
+    """Trains until the target; prints steps, seconds of training, and those since `launch` (time.time())."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    settings = dict(ZOO[env_id])
+    n_envs, total = settings.pop("n_envs"), settings.pop("n_timesteps")
+    for name, value in settings.items():
+        if isinstance(value, str):
+            first = float(value.removeprefix("lin_"))
+            settings[name] = partial(operator.mul, first)  # of the share of the training that is left
+
+    class Race(BaseCallback):
+        start, pause, last = time.time(), 0.0, 0
+
+        def _on_training_start(self):
+            self.start = time.time()
+
+        def _on_step(self):
+            if self.num_timesteps - self.last < EVAL_EVERY[env_id]:
+                return True
+            self.last, now = self.num_timesteps, time.time()
+            mean, _ = evaluate_policy(self.model, held_out, n_eval_episodes=20)
+            if mean >= TARGETS[env_id]:
+                print(self.num_timesteps, now - self.start - self.pause, now - launch - self.pause)
+            self.pause += time.time() - now
+            return mean < TARGETS[env_id]
+
+    held_out = make_vec_env(env_id, n_envs=20, seed=1_000_000)
+    model = PPO("MlpPolicy", make_vec_env(env_id, n_envs=n_envs, seed=seed), seed=seed, device="cpu", **settings)
+    model.learn(total, callback=Race())
+
+
+def ours(env_id, seed):
+    """(steps, seconds of training, seconds since the launch) until the target, and the table of the final policy."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        launch = time.time()
+        command = [sys.executable, ROOT / "async_ppo.py", *FLAGS[env_id].split(), "--seed", str(seed)]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        events = EventAccumulator(str(next(Path(folder).glob("runs/*"))))
+        events.Reload()
+    seconds = {event.step: event.step / event.value for event in events.Scalars("charts/SPS")}
+    hit = next((event for event in events.Scalars("eval/r") if event.value >= TARGETS[env_id]), None)
+    end = events.Scalars("test/async_ppo")[-1].value
+    if hit is None:
+        return (float("nan"),) * 3, end
+    first = min(seconds)  # training began this long before the first update was logged
+    started = next(event.wall_time for event in events.Scalars("charts/SPS") if event.step == first) - seconds[first]
+    return (hit.step, hit.wall_time - started, hit.wall_time - launch), end
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("env_id", choices=TARGETS)
+    parser.add_argument("--sb3", default=sys.executable, help="the interpreter that can import stable_baselines3")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3, 4, 5))
+    parser.add_argument("--launch", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.launch:
+        sb3(options.env_id, options.seeds[0], options.launch)
+        return
+    env_id, ratios = options.env_id, []
+    print(f"python async_ppo.py {FLAGS[env_id]} --seed S\n")
+    print(
+        "| seed | async_ppo.py: steps | seconds | with start-up | at the end | SB3: steps | seconds | with start-up |"
+    )
+    print("|---" * 8 + "|")
+    for seed in options.seeds:
+        (steps, training, all_in), end = ours(env_id, seed)
+        child = [options.sb3, __file__, env_id, "--seeds", str(seed), "--launch", str(time.time())]
+        output = subprocess.run(child, check=True, capture_output=True, text=True, env=os.environ).stdout.split()
+        their_steps, theirs, theirs_all_in = [float(x) for x in output[-3:]] or [float("nan")] * 3
+        ratios.append((theirs / training, theirs_all_in / all_in))
+        row = f"{seed} | {steps:,.0f} | {training:.1f} | {all_in:.1f} | {end:.1f}"
+        print(f"| {row} | {their_steps:,.0f} | {theirs:.1f} | {theirs_all_in:.1f} |", flush=True)
+    for name, values in zip(("of training", "with start-up"), zip(*ratios, strict=True), strict=True):
+        median = sorted(values)[len(values) // 2]
+        print(f"\nSooner by {median:.1f} ({min(values):.1f} to {max(values):.1f}), in seconds {name}.")
+
+
+if __name__ == "__main__":
+    main()
