@@ -452,7 +452,7 @@ def test_statistics_match_loops_over_the_trajectories(weights):
     num_envs, n_agents, steps = 3, 12, 400
     sizes = dict(n_agents=n_agents, n_obstacles=12) | weights
     vector, endless = make(num_envs, max_steps=steps, **sizes), make(num_envs, max_steps=steps + 1, **sizes)
-    policy = envs.lidar_policy(vector, width=0.05, brake=0.01)  # reckless enough to collide
+    policy = envs.planning_policy(vector, width=0.05, brake=0.01)  # reckless enough to collide
     observations, infos = vector.reset(seed=8)
     endless.reset(seed=8)
     given = dict(progress=1.0, arrival=2.0, collision=0.2, time=0.01)
@@ -730,7 +730,7 @@ def test_the_baseline_drives_to_many_goals_and_rarely_collides():
 
 
 def test_the_baseline_remembers_a_hidden_goal():
-    stats, _, _ = envs.evaluate(envs.lidar_policy, "LidarNavigation", 8, seed=1, goal_visible_steps=1)
+    stats, _, _ = envs.evaluate(envs.planning_policy, "LidarNavigation", 8, seed=1, goal_visible_steps=1)
     assert stats["goals"].mean() > 4
 
 
@@ -742,5 +742,5 @@ def test_near_things_get_most_of_the_scale():
     for d in distance:  # of the wall ahead
         start["position"] = [[[20 - d, 10]]]
         readings.append(vector.reset(seed=0, options=start)[0][0, 0, 0])
-    np.testing.assert_allclose(readings, 5 * (distance / 3) / (1 + 4 * (distance / 3)), atol=1e-6)
+    np.testing.assert_allclose(readings, (6 * (distance / 3) - 1) / (1 + 4 * (distance / 3)), atol=2e-6)
     np.testing.assert_allclose(envs.lidar_distance(np.array(readings)), distance, atol=1e-5)
