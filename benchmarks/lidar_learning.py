@@ -4,8 +4,8 @@
     python benchmarks/lidar_learning.py --visible 10        ... for 10 observations after it was set, then hidden
 
 Trains with seeds 1, 2 and 3, two runs side by side with one torch thread each, and prints what the best policy of each
-run does in 100 held-out episodes, mean and standard deviation over seeds, beside the baselines. Minutes are wall time of
-the whole command. A run that is already complete under --folder is not trained again.
+run does in 100 held-out episodes, mean and standard deviation over seeds, beside the baselines. Minutes are wall time
+of the whole command. A run that is already complete under --folder is not trained again.
 """
 
 import os

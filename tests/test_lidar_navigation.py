@@ -455,7 +455,7 @@ def test_statistics_match_loops_over_the_trajectories(weights):
     policy = envs.planning_policy(vector, width=0.05, brake=0.01)  # reckless enough to collide
     observations, infos = vector.reset(seed=8)
     endless.reset(seed=8)
-    given = dict(progress=1.0, arrival=2.0, collision=0.2, time=0.01)
+    given = dict(progress=1.0, arrival=2.0, collision=1.0, time=0.01)
     given |= {name.removesuffix("_weight"): value for name, value in weights.items()}
     expected = [dict.fromkeys(vector.stat_names, 0.0) for _ in range(num_envs)]
     straight, driven, goals, onsets, contacts = (np.zeros(num_envs) for _ in range(5))
