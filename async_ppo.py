@@ -93,6 +93,7 @@ class Args:
     vtrace: bool = False  # correct the returns by V-trace
     rnd_coef: float = 0.0  # weight of the intrinsic advantages; 0 is without Random Network Distillation
     rnd_gamma: float = 0.99  # discount of the intrinsic rewards
+    norm_obs: bool = False  # the networks see observations normalised by the mean and deviation of all up to then
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 10  # epochs over a batch
     norm_adv: bool = True  # normalise the advantages of each minibatch
@@ -149,7 +150,7 @@ class Agent(nn.Module):
     def __init__(self, args, envs):
         super().__init__()
         n_in, space = envs.single_observation_space.shape[0], envs.single_action_space
-        self.discrete = isinstance(space, gym.spaces.Discrete)
+        self.discrete, self.norm_obs = isinstance(space, gym.spaces.Discrete), args.norm_obs
         self.actor = mlp(n_in, args.hidden_dim, space.n if self.discrete else space.shape[0], std=0.01)
         if self.discrete:
             self.first_action = space.start
@@ -160,15 +161,23 @@ class Agent(nn.Module):
             self.register_buffer("action_bias", (high + low) / 2, persistent=False)
         self.critic = mlp(n_in, args.hidden_dim, 2 if args.rnd_coef else 1, std=1.0)
         self.novelty = Novelty(n_in, args.hidden_dim) if args.rnd_coef else None
+        self.obs_stats = RunningStats(n_in)
+        # Without gradients, but among the weights, and so wherever these go.
+        self.obs_mean = nn.Parameter(torch.zeros(n_in), requires_grad=False)
+        self.obs_std = nn.Parameter(torch.ones(n_in), requires_grad=False)
+
+    def normalize(self, obs):
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def get_value(self, obs):
         """(..., heads), of the environment's rewards and, with rnd_coef, of the intrinsic ones."""
-        return self.critic(obs)
+        return self.critic(self.normalize(obs) if self.norm_obs else obs)
 
     def get_policy(self, obs):
+        features = self.actor(self.normalize(obs) if self.norm_obs else obs)
         if self.discrete:
-            return Categorical(self.actor(obs), self.first_action)
-        return SquashedNormal(self.actor(obs), self.actor_logstd, self.action_scale, self.action_bias)
+            return Categorical(features, self.first_action)
+        return SquashedNormal(features, self.actor_logstd, self.action_scale, self.action_bias)
 
     def make_policy(self, envs):
         """The deterministic policy on arrays, as envs.py evaluates it."""
@@ -247,11 +256,11 @@ class Novelty(nn.Module):
         super().__init__()
         self.target = mlp(n_in, hidden, hidden, std=2**0.5).requires_grad_(False)
         self.predictor = mlp(n_in, hidden, hidden, std=2**0.5)
-        self.obs_stats, self.return_stats = RunningStats(n_in), RunningStats(1)
+        self.return_stats = RunningStats(1)
 
-    def forward(self, obs):
-        """(batch, obs_dim) to the squared error (batch,)."""
-        x = ((obs - self.obs_stats.mean.float()) / self.obs_stats.std()).clamp(-5, 5)
+    def forward(self, obs, obs_stats):
+        """(..., obs_dim) to the squared error (...,)."""
+        x = ((obs - obs_stats.mean.float()) / obs_stats.std()).clamp(-5, 5)
         return ((self.predictor(x) - self.target(x)) ** 2).mean(-1)
 
 
@@ -304,21 +313,20 @@ def compute_gae(rewards, values, last_value, final_values, dones, rhos, gamma, g
     return advantages, returns
 
 
-def intrinsic_rewards(novelty, next_obs, sums, owners, gamma, world_size):
+def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
     """(num_steps, num_envs): how novel next_obs is, over the standard deviation of the discounted sums of that.
 
     sums (num_actors, num_envs / num_actors) holds each environment's sum up to now; owners are the batch's actors.
     """
-    novelty.obs_stats.update(next_obs.flatten(0, 1), world_size)
     with torch.no_grad():
-        rewards = novelty(next_obs)
+        rewards = agent.novelty(next_obs, agent.obs_stats)
     running, returns = torch.cat([sums[actor] for actor in owners]), torch.empty_like(rewards)
     for t, reward in enumerate(rewards):
         returns[t] = running = gamma * running + reward
     for actor, last in zip(owners, running.chunk(len(owners)), strict=True):
         sums[actor] = last
-    novelty.return_stats.update(returns.view(-1, 1), world_size)
-    return rewards / novelty.return_stats.std()
+    agent.novelty.return_stats.update(returns.view(-1, 1), world_size)
+    return rewards / agent.novelty.return_stats.std()
 
 
 def approx_kl(logratio):
@@ -382,7 +390,7 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
         envs = make_vec(args.env_id, args.num_envs // args.num_actors, num_workers=0, **args.env_kwargs)
         agent, generator = Agent(args, envs), torch.Generator().manual_seed(seed)
         mine = torch.empty_like(weights[0])
-        nn.utils.vector_to_parameters(mine, trainable(agent))  # makes them views
+        nn.utils.vector_to_parameters(mine, agent.parameters())  # makes them views
         observations, _ = envs.reset(seed=seed)
         while True:
             while not channel.poll(CHECK_SECONDS):
@@ -399,10 +407,6 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
         pass
     except BaseException:
         channel.send(traceback.format_exc())
-
-
-def trainable(agent):
-    return [parameter for parameter in agent.parameters() if parameter.requires_grad]
 
 
 class Actors:
@@ -539,7 +543,7 @@ if __name__ == "__main__":
     agent = Agent(args, envs).to(device)
     policies = {args.exp_name: agent.make_policy}
     # One vector holds all weights, and one their gradients: clipping, averaging and Adam are then one operation each.
-    parameters = trainable(agent)
+    parameters = list(agent.parameters())
     weights = nn.utils.parameters_to_vector(parameters).detach()
     weights.grad = torch.zeros_like(weights)
     nn.utils.vector_to_parameters(weights, parameters)  # makes them views
@@ -635,9 +639,11 @@ if __name__ == "__main__":
         )  # (num_steps, num_envs, ...), obs one step more
         done = terminations | truncations
         rewards, dones = rewards.unsqueeze(-1), done.float().unsqueeze(-1)  # (num_steps, num_envs, heads)
-        if args.rnd_coef:
+        if args.rnd_coef or args.norm_obs:
             next_obs = torch.where(done.unsqueeze(-1), final_obs, obs[1:])
-            novelty = intrinsic_rewards(agent.novelty, next_obs, novelty_sums, owners, args.rnd_gamma, world_size)
+            agent.obs_stats.update(next_obs.flatten(0, 1), world_size)
+        if args.rnd_coef:
+            novelty = intrinsic_rewards(agent, next_obs, novelty_sums, owners, args.rnd_gamma, world_size)
             b_next_obs, rewards = next_obs.flatten(0, 1), torch.cat([rewards, novelty.unsqueeze(-1)], dim=-1)
             dones = torch.cat([dones, torch.zeros_like(dones)], dim=-1)  # curiosity knows no episodes
         cut_off = truncations & ~terminations
@@ -687,8 +693,8 @@ if __name__ == "__main__":
             with torch.set_grad_enabled(args.ent_coef > 0):  # at 0 it is only logged, and its gradient a waste of time
                 entropy = policy.entropy().mean()
             loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-            if args.rnd_coef:
-                loss = loss + agent.novelty(b_next_obs.index_select(0, mb_inds)).mean()
+            if args.rnd_coef and len(losses) < args.num_minibatches:  # once a batch, or soon nothing would be novel
+                loss = loss + agent.novelty(b_next_obs.index_select(0, mb_inds), agent.obs_stats).mean()
 
             losses.append(torch.stack([v_loss, pg_loss, entropy]).detach())
             logratios.append(logratio.detach())
@@ -699,6 +705,9 @@ if __name__ == "__main__":
             average(weights.grad, world_size)
             nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
             optimizer.step()
+        if args.norm_obs:
+            agent.obs_mean.copy_(agent.obs_stats.mean)
+            agent.obs_std.copy_(agent.obs_stats.std())
         if args.num_actors:
             actors.publish(weights, iteration)
             actors.release()
