@@ -3,7 +3,7 @@
     python grpo_hybrid.py      train on landers that start anywhere, then compare with random actions
         --identical-g, --no-identical-g         all episodes of a group from one state, or each from its own
         --env-id SparseLunarLander              a reward at the end only
-        --env-id CartPole-v1 --eval-env-id CartPole-v1
+        --env-id LunarLander-v3 --eval-env-id LunarLander-v3            Gymnasium's own lander, on forked workers
         --evaluate runs/NAME/model.pt --eval-env-id LunarLander-v3      judged by Gymnasium's own lander
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has groups of its own
     tensorboard --logdir runs
@@ -18,6 +18,7 @@ policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
 5. Advantages are normalised once more in each minibatch, and max_kl ends an update that moves the policy too far.
 6. An episode that num_steps cuts off counts for what it got until then: nothing estimates what would have followed.
+7. Where every step is rewarded alike, as in CartPole-v1, no step is better than another, and all advantages are 0.
 """
 
 import copy

@@ -3,7 +3,7 @@
     python grpo_perep.py      train on landers that start anywhere, then compare with random actions
         --identical-g, --no-identical-g         all episodes of a group from one state, or each from its own
         --env-id SparseLunarLander              a reward at the end only
-        --env-id CartPole-v1 --eval-env-id CartPole-v1
+        --env-id LunarLander-v3 --eval-env-id LunarLander-v3            Gymnasium's own lander, on forked workers
         --evaluate runs/NAME/model.pt --eval-env-id LunarLander-v3      judged by Gymnasium's own lander
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has groups of its own
     tensorboard --logdir runs
