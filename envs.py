@@ -136,10 +136,13 @@ def _valid_actions(actions, space):
     actions = np.asarray(actions)
     if actions.dtype.kind not in "iu" or actions.shape != space.shape:
         raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
-    low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
-    outside = np.argwhere((actions < low) | (actions > high))
-    if len(outside):
-        at = tuple(outside[0].tolist())
+    if box:
+        outside = (actions < space.low) | (actions > space.high)
+    else:  # as unsigned numbers, those that are too low are too high
+        outside = (actions.astype(np.int64) - space.start).view(np.uint64) >= space.nvec.view(np.uint64)
+    if np.count_nonzero(outside):
+        at = tuple(np.argwhere(outside)[0].tolist())
+        low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
         raise ValueError(f"actions{list(at)} is {actions[at]}: it must be an integer from {low[at]} to {high[at]}")
     return actions
 

@@ -1,6 +1,6 @@
 """Whether LunarLander plays as Gymnasium's LunarLander-v3 does. From the repository's root, in about a minute:
 
-    python benchmarks/lunar_lander_fidelity.py
+    python benchmarks/lunar_lander_fidelity.py [--model runs/NAME/model.pt]    with a policy of a GRPO script's, too
 
 Every policy flies 1,000 episodes on Box2D (Gymnasium, seeds 0, 1, ...) and 1,000 on ours, each with draws of its own.
 The table has the mean return with its standard error, the mean length, and the shares of episodes that returned 200 or
@@ -12,6 +12,7 @@ observations are from Box2D's up to the first touch of the ground, and the share
 which step they end. Other policies: `fidelity(name, policy)` takes any function from observations (n, 8) to actions.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -44,6 +45,18 @@ def heuristic(observations):
     turn, climb = np.where(down, 0.0, turn), np.where(down, -0.5 * vy, climb)
     side = np.where(turn < -0.05, 3, np.where(turn > 0.05, 1, 0))
     return np.where((climb > np.abs(turn)) & (climb > 0.05), 2, side)
+
+
+def trained(path):
+    """The greedy policy that a GRPO script has saved; the three have the same network."""
+    from grpo_perstep import Agent, Args
+
+    saved = envs.load(path)
+    args = Args(**{name: value for name, value in saved["args"].items() if name in Args.__dataclass_fields__})
+    agent = Agent(args, envs.make_vec("LunarLander", 1, 0))
+    agent.load_state_dict(saved["model"])
+    act = agent.make_policy(None)
+    return lambda observations: act(observations, {})
 
 
 def on_box2d(policy, episodes, **env_kwargs):
@@ -127,15 +140,21 @@ def side_by_side(name, policy, episodes=SIDE_BY_SIDE, **env_kwargs):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="model.pt of a run of a GRPO script")
+    options = parser.parse_args()
+    policies = {"random": random(), "nothing": nothing, "heuristic": heuristic}
+    if options.model:
+        policies["trained"] = trained(options.model)
     print(f"{EPISODES} episodes each\n\n| policy | on | return | length | >= 200 | success | landed | crashed |")
     print("|---" * 8 + "|")
-    for name, policy in (("random", random()), ("nothing", nothing), ("heuristic", heuristic)):
+    for name, policy in policies.items():
         fidelity(name, policy)
     fidelity("heuristic, wind", heuristic, enable_wind=True)
     print(f"\n{SIDE_BY_SIDE} episodes side by side with the same draws; differences of observations and of returns\n")
     print("| policy | flight, median | flight, largest | same end | equal to the last bit | returns, median |")
     print("|---" * 6 + "|")
-    for name, policy in (("random", random()), ("nothing", nothing), ("heuristic", heuristic)):
+    for name, policy in policies.items():
         side_by_side(name, policy)
     side_by_side("heuristic, wind", heuristic, enable_wind=True)
 
