@@ -71,8 +71,8 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
       where `infos["_episode"]` is True. Both are present only on steps in which an episode ended.
     - Returned arrays are copies: the next step leaves them as they are.
     - The same seed gives the same trajectories for any number of workers.
-    - `reset(seed=..., options={"identical": True})` starts all environments as environment 0 starts with that seed;
-      after that, each draws random numbers of its own.
+    - `reset(seed=..., options={"identical": n})` starts the environments in groups of n, each as the first of its group
+      starts with that seed, or all alike with True; after that, each draws random numbers of its own.
 
     Raises ValueError, before anything starts, that names the argument, its value and what is allowed.
     """
@@ -148,10 +148,13 @@ def _valid_actions(actions, space):
 
 
 def _pop_identical(options, seed):
+    """How many environments in a row are to start alike."""
     identical = options.pop("identical", False)
-    if not isinstance(identical, bool) or (identical and seed is None):
-        raise ValueError(f"options['identical'] is {identical!r}: it must be True or False, and True needs a seed")
-    return identical
+    group = 2**62 if identical is True else identical
+    if not isinstance(group, numbers.Integral) or group < 0 or (group > 1 and seed is None):
+        allowed = "True, False or the size of a group, and needs a seed"
+        raise ValueError(f"options['identical'] is {identical!r}: it must be {allowed}")
+    return max(int(group), 1)
 
 
 def _check_steppable(envs):
@@ -216,7 +219,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
         options = {} if options is None else dict(options)
-        identical = _pop_identical(options, seed)
+        group = _pop_identical(options, seed)
         unknown = set(options) - set(self.start_shapes)
         if unknown:
             raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(self.start_shapes)}")
@@ -229,11 +232,11 @@ class NativeVectorEnv(gym.vector.VectorEnv):
             _seed_rng(self.state.rng, np.uint64(seed), np.uint64(self.first_env))
             self.started = True
         streams = self.state.rng.copy()
-        if identical:
-            _seed_rng(self.state.rng[:1], np.uint64(seed), np.uint64(0))
-            self.state.rng[...] = self.state.rng[0]
+        for env in range(self.num_envs if group > 1 else 0):
+            first = (self.first_env + env) // group * group
+            _seed_rng(self.state.rng[env : env + 1], np.uint64(seed), np.uint64(first))
         self.restart(start)
-        if identical:
+        if group > 1:
             self.state.rng[...] = streams
         return self._observed()
 
@@ -3463,15 +3466,15 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         if seed is not None:
             seed = _integer("seed", seed, 0)
         options = None if options is None else dict(options)
-        identical = bool(options) and _pop_identical(options, seed)
+        group = _pop_identical(options, seed) if options else 1
         env_seed = None
         for i, env in enumerate(self.envs):
             if seed is not None:  # 32 bits: no environment refuses them
                 own = np.random.SeedSequence(seed, spawn_key=(self.first_env + i,))
-                first = np.random.SeedSequence(seed, spawn_key=(0,))
-                env_seed = int((first if identical else own).generate_state(1)[0])
+                first = np.random.SeedSequence(seed, spawn_key=((self.first_env + i) // group * group,))
+                env_seed = int(first.generate_state(1)[0])
             self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options or None)
-            if identical:
+            if group > 1:
                 env.unwrapped.np_random = np.random.default_rng(own)
             self.returns[i], self.lengths[i] = 0.0, 0
         self.started = True
@@ -3591,12 +3594,12 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         parts = [options] * len(self.tasks)
         if options and isinstance(self.probe, NativeVectorEnv):
             options = dict(options)
-            identical = _pop_identical(options, seed)
+            group = _pop_identical(options, seed)
             starts = {name: np.empty(shape) for name, shape in self.probe.start_shapes.items()}
             unknown = set(options) - set(starts)
             if unknown:
                 raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(starts)}")
-            parts = [part | {"identical": identical} for part in self._split("options", options, starts)]
+            parts = [part | {"identical": group} for part in self._split("options", options, starts)]
         self._tell(CALL, [methodcaller("reset", seed=seed, options=part) for part in parts])
         return self._observed()
 

@@ -12,7 +12,7 @@ An iteration runs a group of episodes, scores every step against the group inste
 policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 
 1. An outcome's reward is the undiscounted return of the episode; published, a reward model's verdict on the answer.
-2. Published, all answer the same question; here all start in the same state with --identical-g only.
+2. Published, all of a group answer the same question; here they start in the same state with --identical-g only.
 3. The loss is the mean over a minibatch's steps; published, first over each episode's, so that short ones weigh more.
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
 5. Advantages are normalised once more in each minibatch, and max_kl ends an update that moves the policy too far.
@@ -67,15 +67,16 @@ class Args:
     eval_env_id: str = "LunarLander"  # the environment that policies are evaluated in
     # and its further arguments
     eval_env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
-    group_size: int = 64  # G, episodes in an iteration, run side by side, by each process of a torchrun
+    num_groups: int = 8  # groups in an iteration, in each process of a torchrun
+    group_size: int = 16  # G, episodes in a group; all run side by side
     identical_g: bool = True  # start all episodes of a group from the same state
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
     hidden_dim: int = 128  # width of the layers
 
     total_timesteps: int = 6_000_000  # steps to train for, those of the group's episodes
-    learning_rate: float = 1e-3  # the step size of Adam
-    num_steps: int = 1000  # T, after which an episode is cut off in training
+    learning_rate: float = 2e-3  # the step size of Adam
+    num_steps: int = 600  # T, after which an episode is cut off in training
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     num_minibatches: int = 8  # minibatches in an epoch
     update_epochs: int = 4  # epochs over a group's episodes
@@ -92,7 +93,7 @@ class Args:
     def __post_init__(self):
         limits = {
             "group_size": (2, math.inf),
-            "num_steps num_minibatches update_epochs ref_update_freq": (1, math.inf),
+            "num_groups num_steps num_minibatches update_epochs ref_update_freq": (1, math.inf),
             "eval_every eval_episodes checkpoint_every total_timesteps": (1, math.inf),
             "hidden_dim": (2, math.inf),
             "learning_rate clip_coef max_grad_norm target_kl max_kl": (1e-12, 1e12),
@@ -104,10 +105,9 @@ class Args:
         for name, (low, high) in ((name, limit) for names, limit in limits.items() for name in names.split()):
             if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
-        if self.num_minibatches > self.group_size:
-            raise ValueError(
-                f"num_minibatches is {self.num_minibatches}: it must be at most {self.group_size}, the group_size"
-            )
+        if self.num_minibatches > self.num_groups * self.group_size:
+            most = f"{self.num_groups * self.group_size}, all episodes"
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must be at most {most}")
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -227,7 +227,8 @@ if __name__ == "__main__":
     torch.set_deterministic_debug_mode("error" if args.torch_deterministic else "default")
 
     # Environments first: workers have to be forked before torch starts threads
-    envs = make_vec(args.env_id, args.group_size, args.num_workers, **args.env_kwargs)
+    num_envs = args.num_groups * args.group_size
+    envs = make_vec(args.env_id, num_envs, args.num_workers, **args.env_kwargs)
     eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
     for name, world in (("env_id", envs), ("eval_env_id", eval_envs)):
         observes, acts = world.single_observation_space, world.single_action_space
@@ -297,7 +298,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # Storage
-    shape = (args.num_steps, args.group_size)
+    shape = (args.num_steps, num_envs)
     obs = torch.zeros((*shape, *envs.single_observation_space.shape), device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards, alive = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
@@ -314,8 +315,9 @@ if __name__ == "__main__":
         # Rollout: a seed of its own for every group, so that a checkpoint need not hold the environments' state
         rollout_start, episodes = time.time(), {}
         seed = int(torch.randint(2**62, ()))
-        observations, infos = envs.reset(seed=seed, options={"identical": True} if args.identical_g else None)
-        running = np.ones(args.group_size, bool)  # (group_size,), whose episode still goes on
+        alike = args.group_size if args.identical_g else 1
+        observations, infos = envs.reset(seed=seed, options={"identical": alike})
+        running = np.ones(num_envs, bool)  # (num_envs,), whose episode still goes on
         for step in range(args.num_steps):
             obs[step] = to_tensor(observations, device)
             with torch.no_grad():
@@ -332,7 +334,9 @@ if __name__ == "__main__":
                 if not running.any():
                     break
         length = step + 1
-        advantages = compute_advantages(rewards[:length], alive[:length])
+        groups = zip(*(x[:length].split(args.group_size, dim=1) for x in (rewards, alive)), strict=True)
+        advantages = [compute_advantages(*group) for group in groups]
+        advantages = torch.cat(advantages, dim=1)  # (length, num_envs)
 
         # Update
         update_start = time.time()
@@ -399,7 +403,7 @@ if __name__ == "__main__":
             scalars["charts/episodic_return"] = (
                 (rewards[:length] * alive[:length]).sum(0).mean()
             )  # of all, the cut off as well
-            scalars["charts/episodic_length"] = batch_size / args.group_size
+            scalars["charts/episodic_length"] = batch_size / num_envs
             scalars["charts/cut_off"] = running.mean()  # the share of episodes that were still going on
             for name, value in episodes.items():
                 if name not in ("r", "l") and value:

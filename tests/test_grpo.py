@@ -417,9 +417,10 @@ atexit.register(lambda: np.savez("starts.npz", **found))
 
 @pytest.fixture(scope="module")
 def starts(nursery, tmp_path_factory):
-    """Observations of the start, the first actions and what came of them, for every group; with identical starts."""
+    """Observations of the start, the first actions and what came of them; with identical starts of two groups."""
     cwd, read = tmp_path_factory.mktemp("starts"), {}
-    jobs = [(cwd / str(identical), BRIEF | dict(identical_g=identical)) for identical in (False, True)]
+    groups = {False: {}, True: dict(num_groups=2, group_size=GROUP // 2)}
+    jobs = [(cwd / str(identical), BRIEF | dict(identical_g=identical) | groups[identical]) for identical in groups]
     for identical, run in zip((False, True), nursery.run(*jobs, probe=STARTS, script=SCRIPTS["perstep"]), strict=True):
         assert run.code == 0, run.output
         read[identical] = dict(np.load(run.cwd / "starts.npz"))
@@ -428,11 +429,12 @@ def starts(nursery, tmp_path_factory):
 
 def test_identical_g_starts_a_group_in_one_state_and_draws_other_actions(starts):
     first, actions, later = (starts[True][name] for name in ("starts", "actions", "later"))
-    assert len(first) >= 3 and (first == first[:, :1]).all()
+    first = first.reshape(len(first), 2, GROUP // 2, -1)
+    assert len(first) >= 3 and (first == first[:, :, :1]).all()
     assert all(len(set(group.tolist())) > 1 for group in actions)
     for observations in later:  # by the actions, and by the engines' dispersion even where those are the same
         assert len(np.unique(observations, axis=0)) > 1
-    assert len(np.unique(first[:, 0], axis=0)) == len(first)  # but every group elsewhere
+    assert len(np.unique(first[:, :, 0].reshape(2 * len(first), -1), axis=0)) == 2 * len(first)  # but groups elsewhere
 
 
 def test_without_identical_g_all_starts_differ(starts):
@@ -442,7 +444,7 @@ def test_without_identical_g_all_starts_differ(starts):
 
 @pytest.mark.parametrize("env_id", ["DenseLunarLander", "LunarLander-v3", "CartPole-v1"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_identical_starts_are_environment_0s_and_only_the_starts_are_identical(env_id, num_workers):
+def test_identical_starts_are_those_of_the_first_of_a_group_and_only_the_starts_are_identical(env_id, num_workers):
     world = envs.make_vec(env_id, 4, num_workers)
     plain, _ = world.reset(seed=5)
     same, _ = world.reset(seed=5, options={"identical": True})
@@ -450,8 +452,11 @@ def test_identical_starts_are_environment_0s_and_only_the_starts_are_identical(e
     if env_id != "CartPole-v1":  # which is deterministic
         engines = np.full(4, 2)  # whose thrust is dispersed at random
         assert len(np.unique(world.step(engines)[0], axis=0)) == 4
-    again, _ = world.reset(seed=5)
-    assert (again == plain).all()
+    pairs, _ = world.reset(seed=5, options={"identical": 2})
+    assert (pairs == plain[[0, 0, 2, 2]]).all()
+    for alone in (False, 1):
+        again, _ = world.reset(seed=5, options={"identical": alone})
+        assert (again == plain).all()
     world.close()
 
 
@@ -459,8 +464,9 @@ def test_identical_starts_are_environment_0s_and_only_the_starts_are_identical(e
 def test_identical_starts_need_a_seed(env_id):
     with pytest.raises(ValueError, match="identical.*True.*seed"):
         envs.make_vec(env_id, 2, 0).reset(options={"identical": True})
-    with pytest.raises(ValueError, match="identical.*3"):
-        envs.make_vec(env_id, 2, 0).reset(seed=1, options={"identical": 3})
+    for wrong in (-3, 1.5, "all"):
+        with pytest.raises(ValueError, match=f"identical.*{wrong}"):
+            envs.make_vec(env_id, 2, 0).reset(seed=1, options={"identical": wrong})
 
 
 def killed_run(cwd, args):
@@ -575,7 +581,7 @@ def test_a_script_and_envs_alone_in_an_empty_folder_run(tmp_path, name):
 
 
 BAD_ARGUMENTS = {
-    **dict.fromkeys(("num_steps", "num_minibatches", "update_epochs", "ref_update_freq"), (0, -3)),
+    **dict.fromkeys(("num_groups", "num_steps", "num_minibatches", "update_epochs", "ref_update_freq"), (0, -3)),
     **dict.fromkeys(("eval_every", "eval_episodes", "checkpoint_every", "total_timesteps"), (0, -1)),
     **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "max_kl"), (0.0, -1.0, math.nan)),
     "group_size": (1, -2),
