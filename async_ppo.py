@@ -320,11 +320,12 @@ def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
     """
     with torch.no_grad():
         rewards = agent.novelty(next_obs, agent.obs_stats)
-    running, returns = torch.cat([sums[actor] for actor in owners]), torch.empty_like(rewards)
-    for t, reward in enumerate(rewards):
-        returns[t] = running = gamma * running + reward
-    for actor, last in zip(owners, running.chunk(len(owners)), strict=True):
-        sums[actor] = last
+    returns = torch.empty_like(rewards)
+    pieces = zip(owners, rewards.chunk(len(owners), dim=1), returns.chunk(len(owners), dim=1), strict=True)
+    for actor, reward, running in pieces:  # one by one: an actor that is fast may own several, one after the other
+        for t in range(len(reward)):
+            sums[actor] = gamma * sums[actor] + reward[t]
+            running[t] = sums[actor]
     agent.novelty.return_stats.update(returns.view(-1, 1), world_size)
     return rewards / agent.novelty.return_stats.std()
 
