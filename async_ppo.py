@@ -156,9 +156,8 @@ class Agent(nn.Module):
             self.first_action = space.start
         else:
             self.actor_logstd = nn.Parameter(torch.full(space.shape, args.init_logstd))
-            low, high = torch.tensor(space.low), torch.tensor(space.high)
-            self.register_buffer("action_scale", (high - low) / 2, persistent=False)
-            self.register_buffer("action_bias", (high + low) / 2, persistent=False)
+            self.register_buffer("action_low", torch.tensor(space.low), persistent=False)
+            self.register_buffer("action_high", torch.tensor(space.high), persistent=False)
         self.critic = mlp(n_in, args.hidden_dim, 2 if args.rnd_coef else 1, std=1.0)
         self.novelty = Novelty(n_in, args.hidden_dim) if args.rnd_coef else None
         self.obs_stats = RunningStats(n_in)
@@ -177,7 +176,7 @@ class Agent(nn.Module):
         features = self.actor(self.normalize(obs) if self.norm_obs else obs)
         if self.discrete:
             return Categorical(features, self.first_action)
-        return SquashedNormal(features, self.actor_logstd, self.action_scale, self.action_bias)
+        return SquashedNormal(features, self.actor_logstd, self.action_low, self.action_high)
 
     def make_policy(self, envs):
         """The deterministic policy on arrays, as envs.py evaluates it."""
@@ -217,13 +216,14 @@ class Categorical:
 
 
 class SquashedNormal:
-    """scale * tanh(u) + bias with u ~ Normal(mean, exp(logstd)); mean and u are (batch, act_dim).
+    """tanh(u), stretched to reach from low to high, with u ~ Normal(mean, exp(logstd)); mean and u (batch, act_dim).
 
     Actions are kept as u, so that tanh never has to be inverted; log_prob and entropy are those of the squashed action.
     """
 
-    def __init__(self, mean, logstd, scale, bias):
-        self.mean, self.logstd, self.scale, self.bias = mean, logstd, scale, bias
+    def __init__(self, mean, logstd, low, high):
+        self.mean, self.logstd, self.low, self.high = mean, logstd, low, high
+        self.scale, self.bias = (high - low) / 2, (high + low) / 2
 
     @property
     def mode(self):
@@ -234,7 +234,7 @@ class SquashedNormal:
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
-        return self.scale * torch.tanh(u) + self.bias
+        return torch.clamp(self.scale * torch.tanh(u) + self.bias, self.low, self.high)  # rounding may lead beyond
 
     def log_prob(self, u):
         z = (u - self.mean) * torch.exp(-self.logstd)
