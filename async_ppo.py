@@ -407,7 +407,8 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
     except (EOFError, ConnectionError):  # the learner is gone
         pass
     except BaseException:
-        channel.send(traceback.format_exc())
+        with contextlib.suppress(ConnectionError):  # another actor was first, and the learner is on its way out
+            channel.send(traceback.format_exc())
 
 
 class Actors:
