@@ -30,6 +30,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -51,7 +52,7 @@ from tqdm import tqdm
 from envs import NATIVE_ENVS, compare, evaluate, load, make_vec, open_run, record, save, shared_array
 
 VALIDATION_SEED, TEST_SEED = 2**62, 2**62 + 1  # held out: the seeds of training stay below
-CHECK_SECONDS = 0.5  # an idle actor looks this often whether the learner is still alive
+CHECK_SECONDS = 0.5  # an actor looks this often whether the learner is still alive
 DEATHS, DEATH_SECONDS = 3, 60.0  # so many deaths of actors within so many seconds end the run
 
 
@@ -380,9 +381,17 @@ def make_seed(*keys):
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
+def leave_with(learner):
+    """End this process when the learner is gone, be it in the middle of a fragment; in a thread of its own."""
+    while os.getppid() == learner:
+        time.sleep(CHECK_SECONDS)
+    os._exit(1)
+
+
 def act(args, seed, learner, channel, learners_ends, fragments, weights, version):
     """An actor: for every slot that comes through the channel, fill that fragment and send back (slot, version)."""
     torch.set_num_threads(1)  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
+    threading.Thread(target=leave_with, args=(learner,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to all processes of a job, but the learner decides
         signal.signal(number, signal.SIG_IGN)
     for end in learners_ends:
@@ -394,9 +403,6 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
         nn.utils.vector_to_parameters(mine, agent.parameters())  # makes them views
         observations, _ = envs.reset(seed=seed)
         while True:
-            while not channel.poll(CHECK_SECONDS):
-                if os.getppid() != learner:
-                    return
             slot = channel.recv()
             current = -1
             while current != version.item():  # the learner writes into the other half, unless it is an update ahead
