@@ -524,6 +524,8 @@ if __name__ == "__main__":
         defaults = load(args.evaluate)["args"]
         default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
+        if args.env_id == defaults["env_id"]:
+            args.env_kwargs = defaults["env_kwargs"] | args.env_kwargs
         if args.eval_env_id == defaults["eval_env_id"]:
             args.eval_env_kwargs = defaults["eval_env_kwargs"] | args.eval_env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
