@@ -538,9 +538,11 @@ if __name__ == "__main__":
     eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
     for name, world in (("env_id", envs), ("eval_env_id", eval_envs)):
         observes, acts = world.single_observation_space, world.single_action_space
-        bounded = isinstance(acts, gym.spaces.Discrete) or (len(acts.shape) == 1 and acts.is_bounded())
+        bounded = isinstance(acts, gym.spaces.Discrete) or (
+            len(acts.shape) == 1 and acts.dtype.kind == "f" and acts.is_bounded()
+        )
         if len(observes.shape) != 1 or not bounded:
-            allowed = "an environment of one agent, with vector observations and discrete or bounded actions"
+            allowed = "an environment of one agent, with vector observations and discrete or bounded real actions"
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must be {allowed}, not {observes} and {acts}")
         if (observes.shape, acts) != (envs.single_observation_space.shape, envs.single_action_space):
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must observe and act as {args.env_id} does")
