@@ -9,9 +9,10 @@
     torchrun --nproc-per-node 2 async_ppo.py    data-parallel: each process has actors of its own
     tensorboard --logdir runs
 
-Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps, leaves
-this fragment in shared memory and goes on with the next. The learner trains on the fragments in the order in which they
-come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from ppo_swarm.py:
+Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps,
+leaves this fragment in shared memory and goes on with the next. The learner trains on the fragments in the order in
+which they come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from
+ppo_swarm.py:
 
 1. One agent to an environment, actions discrete or continuous; networks of two layers, not shared by actor and critic.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
@@ -19,7 +20,7 @@ come, as many to an update as there are actors, so that a slow one holds up nobo
 3. The probability ratio is taken against the policy that acted, so that clipping bounds the lag's effect as well.
    V-trace (arXiv 1802.01561) also corrects the returns, with lambda; the ratio already weighs the advantages.
 4. With rnd_coef the critic has a second head, for the error with which a network predicts a random one (arXiv
-   1810.12894): intrinsic rewards, over their returns' standard deviation, with a discount of their own and no episodes.
+   1810.12894): intrinsic rewards, over their returns' standard deviation, with their own discount and no episodes.
 """
 
 import atexit
