@@ -454,6 +454,21 @@ def test_who_replaces_a_dead_actor_gets_its_free_fragments_and_a_world_of_its_ow
     assert f"actor process {dead.pid} died, with exit code -9" in capsys.readouterr().out
 
 
+def test_what_a_dead_actor_left_is_kept_from_who_replaces_it_until_it_is_released():
+    with acting(1, 1) as (agent, actors):
+        time.sleep(0.5)  # both of its fragments are full
+        os.kill(actors.processes[0].pid, signal.SIGKILL)
+        actors.processes[0].join()
+        actors.take(1)
+        learn(agent, actors, 1)
+        taken = actors.take(2)  # the other, and one of the new actor's
+        copies = [fragment["obs"].copy() for _, fragment, _ in taken]
+        time.sleep(0.3)
+        assert taken[0][1] is not taken[1][1] and not (copies[0] == copies[1]).all()
+        for (_, fragment, _), before in zip(taken, copies, strict=True):
+            assert (fragment["obs"] == before).all()
+
+
 @pytest.mark.parametrize("seconds", [60.0, 0.0])
 def test_only_deaths_in_quick_succession_end_the_run(monkeypatch, seconds):
     monkeypatch.setattr(async_ppo, "DEATH_SECONDS", seconds)
@@ -539,6 +554,7 @@ def test_the_run_gives_each_head_its_rewards_and_its_discount_and_cuts_the_ratio
         torch.testing.assert_close(batch["rewards"][..., 1], batch["errors"] / batch["return_std"])
         ended = batch["terminations"] | batch["truncations"]
         assert torch.equal(batch["next_obs"][ended], batch["final_obs"][ended])
+        assert (batch["final_obs"][ended] != 0).all() and (batch["final_obs"] != batch["obs"][1:])[ended].all()
         assert torch.equal(batch["next_obs"][~ended], batch["obs"][1:][~ended])
         ratios = (batch["new_logprobs"] - batch["logprobs"]).exp()
         torch.testing.assert_close(batch["rhos"][..., 0], ratios.clamp(max=1))
@@ -751,6 +767,7 @@ def test_three_deaths_end_the_run_with_a_checkpoint_of_all_that_it_did_from_whic
     args = SLOWED | dict(checkpoint_every=10 * PER_UPDATE, env_kwargs=dict(pause=0.002))
     with started(tmp_path, args) as run:
         seen = set(actors_of(run))
+        time.sleep(0.3)  # some updates more
         for deaths in range(3):
             gone = children(run.process.pid)[0]
             os.kill(gone, signal.SIGKILL)
