@@ -300,28 +300,30 @@ def test_novelty_wears_off_where_it_was_trained_and_not_elsewhere():
     torch.manual_seed(0)
     novelty, (here, there) = Novelty(8, 32), torch.randn(2, 200, 8)
     here[:, 4:], there[:, :4] = 0, 0  # two planes
-    novelty.obs_stats.update(torch.cat([here, there]), 1)
-    before = [novelty(x).mean().item() for x in (here, there)]
+    stats = RunningStats(8)
+    stats.update(torch.cat([here, there]), 1)
+    before = [novelty(x, stats).mean().item() for x in (here, there)]
     target = [parameter.clone() for parameter in novelty.target.parameters()]
     optimizer = torch.optim.Adam(filter(lambda p: p.requires_grad, novelty.parameters()), lr=1e-3)
     for _ in range(200):
         optimizer.zero_grad()
-        novelty(here).mean().backward()
+        novelty(here, stats).mean().backward()
         optimizer.step()
-    after = [novelty(x).mean().item() for x in (here, there)]
+    after = [novelty(x, stats).mean().item() for x in (here, there)]
     assert after[0] < 0.1 * before[0] and after[1] > 0.5 * before[1]
     assert all(map(torch.equal, target, novelty.target.parameters()))
 
 
 def test_intrinsic_rewards_are_the_errors_over_the_deviation_of_their_sums_carried_on_by_each_actor():
     torch.manual_seed(0)
-    novelty, sums, gamma = Novelty(3, 8), torch.zeros(3, 2), 0.9
+    agent, sums, gamma = Agent(Args(rnd_coef=1.0), Spaces(gym.spaces.Discrete(2))), torch.zeros(3, 2), 0.9
     carried, seen = np.zeros((3, 2)), []
     for owners in ((0, 1, 2), (2, 0, 1), (1, 1, 1), (0, 2, 0), (0, 1, 2)):  # a fast one may fill several in a batch
         next_obs = torch.randn(5, 6, 3) + 1  # two environments to an actor
-        got = async_ppo.intrinsic_rewards(novelty, next_obs, sums, owners, gamma, 1)
+        agent.obs_stats.update(next_obs.flatten(0, 1), 1)
+        got = async_ppo.intrinsic_rewards(agent, next_obs, sums, owners, gamma, 1)
         with torch.no_grad():
-            errors = novelty(next_obs).numpy()  # with the statistics of all up to now
+            errors = agent.novelty(next_obs, agent.obs_stats).numpy()
         for column, actor in enumerate(owners):
             for t in range(5):
                 carried[actor] = gamma * carried[actor] + errors[t, 2 * column : 2 * column + 2]
@@ -351,7 +353,7 @@ def acting(num_actors, max_lag, seed=0, **env_kwargs):
 
 
 def as_vector(agent):
-    return torch.nn.utils.parameters_to_vector(async_ppo.trainable(agent)).detach()
+    return torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
 
 
 def learn(agent, actors, version):
@@ -506,7 +508,7 @@ def watch(frame, event, result):
             with torch.no_grad():
                 batch["final"] = script["agent"].get_value(script["final_obs"])
                 batch["new_logprobs"] = script["agent"].get_policy(batch["obs"][:-1]).log_prob(batch["actions"])
-                batch["errors"] = script["agent"].novelty(script["next_obs"])
+                batch["errors"] = script["agent"].novelty(script["next_obs"], script["agent"].obs_stats)
             batch["return_std"] = script["agent"].novelty.return_stats.std()
             if seen:
                 seen[-1] |= {name: script[name].clone() for name in names[7:9]}
@@ -874,7 +876,7 @@ def test_a_run_leaves_its_events_model_plot_and_video_and_nothing_else(finished)
 def test_the_model_holds_what_measures_novelty(model):
     weights = saved(model)["model"]
     assert {"novelty.target.0.weight", "novelty.predictor.0.weight"} <= weights.keys()
-    assert weights["novelty.obs_stats.count"] == weights["novelty.return_stats.count"] == 40 * PER_UPDATE
+    assert weights["obs_stats.count"] == weights["novelty.return_stats.count"] == 40 * PER_UPDATE
     assert weights["critic.4.weight"].shape[0] == 2
     torch.manual_seed(1)
     first = Agent(Args(rnd_coef=0.5), envs.make_vec("DenseLunarLander", 1)).state_dict()
@@ -913,7 +915,7 @@ def test_init_from_starts_with_the_weights_of_the_saved_model(nursery, model, tm
     for name in before:
         if "_stats." not in name:
             torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
-    assert after["novelty.obs_stats.count"] == before["novelty.obs_stats.count"] + 2 * PER_UPDATE
+    assert after["obs_stats.count"] == before["obs_stats.count"] + 2 * PER_UPDATE
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -950,7 +952,7 @@ def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step_and_have_
     (first, seen), (second, others) = (torch.load(tmp_path / f"trace-{rank}.pt") for rank in range(2))
     assert first == second and len(set(first)) == len(first) == 6 * 4
     assert steps_of(result.folder) == [2 * PER_UPDATE * n for n in range(1, 7)]
-    assert saved(result.folder / "model.pt")["model"]["novelty.obs_stats.count"] == 2 * 6 * PER_UPDATE
+    assert saved(result.folder / "model.pt")["model"]["obs_stats.count"] == 2 * 6 * PER_UPDATE
     seen, others = ({tuple(row) for x in xs for row in x.view(-1, 4).tolist() if any(row)} for xs in (seen, others))
     assert len(seen) > PER_UPDATE and not seen & others
 
