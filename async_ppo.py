@@ -9,9 +9,10 @@
     torchrun --nproc-per-node 2 async_ppo.py    data-parallel: each process has actors of its own
     tensorboard --logdir runs
 
-Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps, leaves
-this fragment in shared memory and goes on with the next. The learner trains on the fragments in the order in which they
-come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from ppo_swarm.py:
+Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps,
+leaves this fragment in shared memory and goes on with the next. The learner trains on the fragments in the order in
+which they come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from
+ppo_swarm.py:
 
 1. One agent to an environment, actions discrete or continuous; networks of two layers, not shared by actor and critic.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
@@ -19,7 +20,7 @@ come, as many to an update as there are actors, so that a slow one holds up nobo
 3. The probability ratio is taken against the policy that acted, so that clipping bounds the lag's effect as well.
    V-trace (arXiv 1802.01561) also corrects the returns, with lambda; the ratio already weighs the advantages.
 4. With rnd_coef the critic has a second head, for the error with which a network predicts a random one (arXiv
-   1810.12894): intrinsic rewards, over their returns' standard deviation, with a discount of their own and no episodes.
+   1810.12894): intrinsic rewards, over their returns' standard deviation, with their own discount and no episodes.
 """
 
 import atexit
@@ -30,6 +31,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -51,7 +53,7 @@ from tqdm import tqdm
 from envs import NATIVE_ENVS, compare, evaluate, load, make_vec, open_run, record, save, shared_array
 
 VALIDATION_SEED, TEST_SEED = 2**62, 2**62 + 1  # held out: the seeds of training stay below
-CHECK_SECONDS = 0.5  # an idle actor looks this often whether the learner is still alive
+CHECK_SECONDS = 0.5  # an actor looks this often whether the learner is still alive
 DEATHS, DEATH_SECONDS = 3, 60.0  # so many deaths of actors within so many seconds end the run
 
 
@@ -156,9 +158,8 @@ class Agent(nn.Module):
             self.first_action = space.start
         else:
             self.actor_logstd = nn.Parameter(torch.full(space.shape, args.init_logstd))
-            low, high = torch.tensor(space.low), torch.tensor(space.high)
-            self.register_buffer("action_scale", (high - low) / 2, persistent=False)
-            self.register_buffer("action_bias", (high + low) / 2, persistent=False)
+            self.register_buffer("action_low", torch.tensor(space.low), persistent=False)
+            self.register_buffer("action_high", torch.tensor(space.high), persistent=False)
         self.critic = mlp(n_in, args.hidden_dim, 2 if args.rnd_coef else 1, std=1.0)
         self.novelty = Novelty(n_in, args.hidden_dim) if args.rnd_coef else None
         self.obs_stats = RunningStats(n_in)
@@ -177,7 +178,7 @@ class Agent(nn.Module):
         features = self.actor(self.normalize(obs) if self.norm_obs else obs)
         if self.discrete:
             return Categorical(features, self.first_action)
-        return SquashedNormal(features, self.actor_logstd, self.action_scale, self.action_bias)
+        return SquashedNormal(features, self.actor_logstd, self.action_low, self.action_high)
 
     def make_policy(self, envs):
         """The deterministic policy on arrays, as envs.py evaluates it."""
@@ -217,13 +218,14 @@ class Categorical:
 
 
 class SquashedNormal:
-    """scale * tanh(u) + bias with u ~ Normal(mean, exp(logstd)); mean and u are (batch, act_dim).
+    """tanh(u), stretched to reach from low to high, with u ~ Normal(mean, exp(logstd)); mean and u (batch, act_dim).
 
     Actions are kept as u, so that tanh never has to be inverted; log_prob and entropy are those of the squashed action.
     """
 
-    def __init__(self, mean, logstd, scale, bias):
-        self.mean, self.logstd, self.scale, self.bias = mean, logstd, scale, bias
+    def __init__(self, mean, logstd, low, high):
+        self.mean, self.logstd, self.low, self.high = mean, logstd, low, high
+        self.scale, self.bias = (high - low) / 2, (high + low) / 2
 
     @property
     def mode(self):
@@ -234,7 +236,7 @@ class SquashedNormal:
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
-        return self.scale * torch.tanh(u) + self.bias
+        return torch.clamp(self.scale * torch.tanh(u) + self.bias, self.low, self.high)  # rounding may lead beyond
 
     def log_prob(self, u):
         z = (u - self.mean) * torch.exp(-self.logstd)
@@ -320,11 +322,12 @@ def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
     """
     with torch.no_grad():
         rewards = agent.novelty(next_obs, agent.obs_stats)
-    running, returns = torch.cat([sums[actor] for actor in owners]), torch.empty_like(rewards)
-    for t, reward in enumerate(rewards):
-        returns[t] = running = gamma * running + reward
-    for actor, last in zip(owners, running.chunk(len(owners)), strict=True):
-        sums[actor] = last
+    returns = torch.empty_like(rewards)
+    pieces = zip(owners, rewards.chunk(len(owners), dim=1), returns.chunk(len(owners), dim=1), strict=True)
+    for actor, reward, running in pieces:  # one by one: an actor that is fast may own several, one after the other
+        for t in range(len(reward)):
+            sums[actor] = gamma * sums[actor] + reward[t]
+            running[t] = sums[actor]
     agent.novelty.return_stats.update(returns.view(-1, 1), world_size)
     return rewards / agent.novelty.return_stats.std()
 
@@ -379,9 +382,17 @@ def make_seed(*keys):
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
+def leave_with(learner):
+    """End this process when the learner is gone, be it in the middle of a fragment; in a thread of its own."""
+    while os.getppid() == learner:
+        time.sleep(CHECK_SECONDS)
+    os._exit(1)
+
+
 def act(args, seed, learner, channel, learners_ends, fragments, weights, version):
     """An actor: for every slot that comes through the channel, fill that fragment and send back (slot, version)."""
     torch.set_num_threads(1)  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
+    threading.Thread(target=leave_with, args=(learner,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to all processes of a job, but the learner decides
         signal.signal(number, signal.SIG_IGN)
     for end in learners_ends:
@@ -393,9 +404,6 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
         nn.utils.vector_to_parameters(mine, agent.parameters())  # makes them views
         observations, _ = envs.reset(seed=seed)
         while True:
-            while not channel.poll(CHECK_SECONDS):
-                if os.getppid() != learner:
-                    return
             slot = channel.recv()
             current = -1
             while current != version.item():  # the learner writes into the other half, unless it is an update ahead
@@ -406,7 +414,8 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
     except (EOFError, ConnectionError):  # the learner is gone
         pass
     except BaseException:
-        channel.send(traceback.format_exc())
+        with contextlib.suppress(ConnectionError):  # another actor was first, and the learner is on its way out
+            channel.send(traceback.format_exc())
 
 
 class Actors:
@@ -516,6 +525,8 @@ if __name__ == "__main__":
         defaults = load(args.evaluate)["args"]
         default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
+        if args.env_id == defaults["env_id"]:
+            args.env_kwargs = defaults["env_kwargs"] | args.env_kwargs
         if args.eval_env_id == defaults["eval_env_id"]:
             args.eval_env_kwargs = defaults["eval_env_kwargs"] | args.eval_env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -528,9 +539,11 @@ if __name__ == "__main__":
     eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
     for name, world in (("env_id", envs), ("eval_env_id", eval_envs)):
         observes, acts = world.single_observation_space, world.single_action_space
-        bounded = isinstance(acts, gym.spaces.Discrete) or (len(acts.shape) == 1 and acts.is_bounded())
+        bounded = isinstance(acts, gym.spaces.Discrete) or (
+            len(acts.shape) == 1 and acts.dtype.kind == "f" and acts.is_bounded()
+        )
         if len(observes.shape) != 1 or not bounded:
-            allowed = "an environment of one agent, with vector observations and discrete or bounded actions"
+            allowed = "an environment of one agent, with vector observations and discrete or bounded real actions"
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must be {allowed}, not {observes} and {acts}")
         if (observes.shape, acts) != (envs.single_observation_space.shape, envs.single_action_space):
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must observe and act as {args.env_id} does")

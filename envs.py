@@ -3105,9 +3105,9 @@ NATIVE_ENVS = {
 
 def random_policy(envs, seed=0):
     """Actions drawn uniformly from the action space."""
-    rng, space = np.random.default_rng(seed), envs.action_space
-    if isinstance(envs.single_action_space, gym.spaces.Discrete):
-        return lambda observations, infos: rng.integers(envs.single_action_space.n, size=space.shape)
+    rng, space, single = np.random.default_rng(seed), envs.action_space, envs.single_action_space
+    if isinstance(single, gym.spaces.Discrete):
+        return lambda observations, infos: single.start + rng.integers(single.n, size=space.shape)
     return lambda observations, infos: rng.uniform(space.low, space.high).astype(np.float32)
 
 
