@@ -74,13 +74,13 @@ class Args:
     hidden_dim: int = 64  # width of the layers
     hops: int = 1  # rounds of messages in gnn and attention
     share_lstm: bool = False  # the critic reads the actor's features and memory, instead of having its own
-    init_logstd: float = -2.0  # log of the standard deviation at the start, before the squashing
+    init_logstd: float = -0.7  # log of the standard deviation at the start, before the squashing
 
-    total_timesteps: int = 4_000_000  # agent-steps to train for
+    total_timesteps: int = 8_000_000  # agent-steps to train for
     learning_rate: float = 1e-3  # the step size of Adam
     num_steps: int = 64  # steps of each environment in a rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
-    gamma: float = 0.95  # discount
+    gamma: float = 0.98  # discount
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 4  # epochs over a rollout
