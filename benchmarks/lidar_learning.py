@@ -3,6 +3,9 @@
     python benchmarks/lidar_learning.py                     both scripts, the goal always shown
     python benchmarks/lidar_learning.py --visible 10        ... for 10 observations after it was set, then hidden
 
+The second one trains the models of the first one for 4 M steps more, with the goal hidden from then on: to one that
+cannot drive yet, remembering the goal is worth nothing.
+
 Trains with seeds 1, 2 and 3, two runs side by side with one torch thread each, and prints what the best policy of each
 run does in 100 held-out episodes, mean and standard deviation over seeds, beside the baselines. Minutes are wall time
 of the whole command. A run that is already complete under --folder is not trained again.
@@ -44,17 +47,20 @@ class Options:
     visible: int | None = None  # goal_visible_steps
 
 
-def train(options, script, seed):
+def train(options, script, seed, visible):
     """The folder of the finished run; `minutes` in it holds its wall time."""
-    cwd = options.folder / f"{script}-{options.visible}-{seed}"
+    cwd = options.folder / f"{script}-{visible}-{seed}"
+    if visible is not None:
+        model = next(train(options, script, seed, None).glob("runs/*/model.pt")).resolve()
     if not (cwd / "minutes").exists():
         shutil.rmtree(cwd, ignore_errors=True)  # half a run: its wall time is lost
         cwd.mkdir(parents=True)
         start = time.time()
         with open(cwd / "log", "w") as log:
             command = [sys.executable, sys.path[0] + f"/{script}.py", "--seed", str(seed), *FLAGS[script].split()]
-            if options.visible is not None:
-                command += ["--env-kwargs", "goal_visible_steps", str(options.visible)]
+            if visible is not None:
+                command += ["--env-kwargs", "goal_visible_steps", str(visible), "--init-from", str(model)]
+                command += ["--total-timesteps", "4000000"]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, cwd=cwd, env=environment, stdout=log, stderr=log, check=True)
         (cwd / "minutes").write_text(str((time.time() - start) / 60))
@@ -80,7 +86,7 @@ def main(options):
     env_kwargs = {} if options.visible is None else {"goal_visible_steps": options.visible}
     with ThreadPoolExecutor(2) as pool:
         runs = {
-            (script, seed): pool.submit(train, options, script, seed)
+            (script, seed): pool.submit(train, options, script, seed, options.visible)
             for script, seed in product(options.scripts, options.seeds)
         }
     shown = "always" if options.visible is None else f"for {options.visible} observations"
