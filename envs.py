@@ -3425,7 +3425,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             if module:
                 importlib.import_module(module)
             gym.spec(name)
-        except (gym.error.Error, AttributeError, ImportError) as error:
+        except (gym.error.Error, AttributeError, ImportError, TypeError, ValueError) as error:
             allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
             raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
         if render_mode not in (None, "rgb_array", "human"):

@@ -74,7 +74,7 @@ class Args:
 
     hidden_dim: int = 128  # width of the layers
 
-    total_timesteps: int = 6_000_000  # steps to train for, those of the group's episodes
+    total_timesteps: int = 12_000_000  # steps to train for, those of the group's episodes
     learning_rate: float = 2e-3  # the step size of Adam
     num_steps: int = 600  # T, after which an episode is cut off in training
     anneal_lr: bool = True  # lower the learning rate linearly to 0
