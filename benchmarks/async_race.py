@@ -23,7 +23,9 @@ from pathlib import Path
 TARGETS = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}
 FLAGS = {
     "CartPole-v1": "--total-timesteps 60000 --eval-every 2048 --eval-episodes 20",
-    "LunarLander-v3": "LANDER",
+    "LunarLander-v3": "--env-id LunarLander --eval-env-id LunarLander-v3 --num-actors 1 --num-steps 128 --gamma 0.999 "
+    "--gae-lambda 0.98 --num-minibatches 8 --update-epochs 5 --learning-rate 2e-3 --total-timesteps 2000000 "
+    "--eval-every 100000 --eval-episodes 20",
 }
 ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
     "CartPole-v1": dict(
