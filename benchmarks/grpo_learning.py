@@ -1,7 +1,7 @@
 """What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository root, 15 minutes on 2 cores:
 
     python benchmarks/grpo_learning.py                                     the three scripts with default flags
-    python benchmarks/grpo_learning.py --identical-g True False            with identical starts and without
+    python benchmarks/grpo_learning.py --identical-g True False --plot docs/identical_starts.png
     python benchmarks/grpo_learning.py --env-ids SparseLunarLander         trained on the reward at the end only
 
 Trains every script with seeds 1, 2 and 3, two runs side by side with one torch thread each, by the command `python
@@ -40,6 +40,7 @@ class Options:
     env_ids: tuple[str, ...] = ("DenseLunarLander",)  # trained on
     identical_g: tuple[bool, ...] = ()  # none: as each script has it by default
     flags: str = ""  # further flags of the scripts, in one string
+    plot: Path | None = None  # draw the held-out return during the training there
 
 
 def train(options, script, env_id, identical_g, seed):
@@ -87,6 +88,28 @@ def judge(make_policy, env_id="LunarLander-v3"):
     return returns.mean(), success.mean()
 
 
+def plot(curves, path):
+    """{label: [run's folder]}: the held-out return through the training, mean and range over the seeds."""
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, folders in curves.items():
+        runs = []
+        for folder in folders:
+            events = EventAccumulator(str(next(folder.glob("runs/*"))))
+            events.Reload()
+            runs.append([(event.step, event.value) for event in events.Scalars("eval/r")])
+        runs = np.array([run[: min(map(len, runs))] for run in runs])  # (seeds, evaluations, step and return)
+        steps, returns = runs[:, :, 0].mean(0) / 1e6, runs[:, :, 1]
+        (line,) = axes.plot(steps, returns.mean(0), label=label)
+        axes.fill_between(steps, returns.min(0), returns.max(0), color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="million steps", ylabel="held-out return of the greedy policy")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def spread(values, digits=0):
     return f"{np.mean(values):.{digits}f} +- {np.std(values):.{digits}f}"
 
@@ -101,6 +124,7 @@ def main(options):
     print(f"\n{EPISODES} held-out episodes of Box2D's LunarLander-v3; mean +- std over seeds {options.seeds}\n")
     print("| script | trained on | starts | greedy | worst seed | success | sampled | success | minutes |")
     print("|---" * 9 + "|")
+    curves = {}
     for script, env_id, identical_g in settings:
         runs = [futures[script, env_id, identical_g, seed].result() for seed in options.seeds]
         greedy, sampled = (
@@ -108,9 +132,12 @@ def main(options):
         )
         minutes = np.mean([float((run / "minutes").read_text()) for run in runs])
         starts = {None: "by default", True: "identical", False: "different"}[identical_g]
+        curves[f"{script}, {starts} starts"] = runs
         row = [f"grpo_{script}.py", env_id, starts, spread(greedy[0]), f"{greedy[0].min():.0f}", spread(greedy[1], 2)]
         row += [spread(sampled[0]), spread(sampled[1], 2), f"{minutes:.1f}"]
         print(f"| {' | '.join(row)} |", flush=True)
+    if options.plot:
+        plot(curves, options.plot)
 
 
 if __name__ == "__main__":
