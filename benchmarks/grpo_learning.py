@@ -39,7 +39,7 @@ class Options:
     scripts: tuple[str, ...] = ("perstep", "perep", "hybrid")
     env_ids: tuple[str, ...] = ("DenseLunarLander",)  # trained on
     identical_g: tuple[bool, ...] = ()  # none: as each script has it by default
-    flags: str = ""  # further flags of the scripts, in one string
+    flags: str = ""  # further flags of the scripts, as in: --flags="--total-timesteps 3000000"
     plot: Path | None = None  # draw the held-out return during the training there
 
 
