@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has groups of its own
     tensorboard --logdir runs
 
-An iteration runs a group of episodes, scores every step against the group instead of a critic, and takes clipped
+An iteration runs groups of episodes, scores every step against its group instead of a critic, and takes clipped
 policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 
 1. Rewards are normalised over the episodes alive at a time step, not over all steps at once, and their sum discounted.
