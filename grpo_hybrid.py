@@ -18,7 +18,6 @@ policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
 5. Advantages are normalised once more in each minibatch, and max_kl ends an update that moves the policy too far.
 6. An episode that num_steps cuts off counts for what it got until then: nothing estimates what would have followed.
-7. Where every step is rewarded alike, as in CartPole-v1, no step is better than another, and all advantages are 0.
 """
 
 import copy
@@ -202,7 +201,8 @@ def compute_advantages(rewards, alive, gamma, alpha, beta, clip):
 
     episode (outcome supervision) is the return, undiscounted, normalised over the group. step (process supervision) is
     the discounted sum, from a step on, of rewards that were normalised over the episodes still alive at each time. The
-    advantage is positive only where both are, its size |episode|^alpha |step|^beta, clipped; all that normalised.
+    advantage is positive only where both are, its size |episode|^alpha |step|^beta, clipped; all that normalised. Where
+    all are rewarded alike, as in CartPole-v1, it is 0.
     """
     rewards = rewards.double()  # rounding errors must not pass for a spread of 1e-8
     episode = normalize((rewards * alive).sum(0), alive[0])  # (group_size,)
@@ -351,10 +351,8 @@ if __name__ == "__main__":
                     break
         length = step + 1
         groups = zip(*(x[:length].split(args.group_size, dim=1) for x in (rewards, alive)), strict=True)
-        advantages = [
-            compute_advantages(*group, args.gamma, args.hybrid_alpha, args.hybrid_beta, args.hybrid_clip)
-            for group in groups
-        ]
+        supervision = (args.gamma, args.hybrid_alpha, args.hybrid_beta, args.hybrid_clip)
+        advantages = [compute_advantages(*group, *supervision) for group in groups]
         advantages = torch.cat(advantages, dim=1)  # (length, num_envs)
 
         # Update

@@ -17,7 +17,6 @@ policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
 5. Advantages are normalised once more in each minibatch, and max_kl ends an update that moves the policy too far.
 6. An episode that num_steps cuts off counts for what it got until then: nothing estimates what would have followed.
-7. Where every step is rewarded alike, as in CartPole-v1, no step is better than another, and all advantages are 0.
 """
 
 import copy
@@ -196,7 +195,7 @@ def compute_advantages(rewards, alive, gamma):
 
     The rewards of a time step are normalised over the episodes that are still alive at it, so that the last one left
     has nothing to be compared with, and gets 0. A step's advantage is the discounted sum of the normalised rewards
-    from it on, normalised over all valid steps.
+    from it on, normalised over all valid steps. Where all are rewarded alike, as in CartPole-v1, it is 0.
     """
     rewards = rewards.double()  # rounding errors must not pass for a spread of 1e-8
     scores = normalize(rewards, alive, dim=1)
