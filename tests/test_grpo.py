@@ -50,6 +50,7 @@ ROOT = SCRIPTS["perstep"].parent
 
 GROUP, NUM_STEPS = 8, 60
 SMALL = dict(
+    num_groups=1,
     group_size=GROUP,
     num_steps=NUM_STEPS,
     total_timesteps=24 * GROUP * NUM_STEPS,

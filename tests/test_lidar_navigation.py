@@ -720,13 +720,15 @@ def test_the_picture_shows_robots_goals_obstacles_and_rays_where_they_are():
     assert (pixel(5, 4) == 255).all()
 
 
-def test_the_baseline_drives_to_many_goals_and_rarely_collides():
+def test_the_baselines_drive_to_many_goals_and_rarely_collide():
     scores = {}
     for name, (policy, kwargs) in envs.baselines("LidarNavigation").items():
         scores[name], _, _ = envs.evaluate(policy, "LidarNavigation", 8, seed=1, **kwargs)
-    assert scores["lidar"]["goals"].mean() > 4.5 > 0.2 > scores["random"]["goals"].mean()
-    assert scores["lidar"]["collisions_per_goal"].mean() < 0.3
-    assert scores["lidar"]["path_efficiency"].mean() > 0.8
+    assert scores["planning"]["goals"].mean() > 4.5 > 0.2 > scores["random"]["goals"].mean()
+    assert scores["planning"]["collisions_per_goal"].mean() < 0.3
+    assert scores["planning"]["path_efficiency"].mean() > 0.8
+    assert scores["planning"]["goals"].mean() > scores["steering"]["goals"].mean() > 4
+    assert scores["steering"]["collisions_per_goal"].mean() < 0.6
 
 
 def test_the_baseline_remembers_a_hidden_goal():

@@ -605,7 +605,7 @@ def test_a_run_leaves_its_events_model_plot_and_video_and_warns_of_nothing(runs)
         "eval.png",
         "model.pt",
     ]
-    assert list(table(result.output))[1:] == ["ppo_swarm_lstm", "lidar", "random"]
+    assert list(table(result.output))[1:] == ["ppo_swarm_lstm", "steering", "planning", "random"]
     assert "Warning" not in result.output
 
 
