@@ -4,7 +4,7 @@
         --env-id LunarLander --eval-env-id LunarLander-v3       train on the fast lander, judged by Gymnasium's own
         --num-actors 0                          the same algorithm, synchronous: collect, learn, collect, ...
         --vtrace                                correct the returns for the lag of the policy that acted
-        --rnd-coef 0.5                          explore, by Random Network Distillation
+        --norm-obs --rnd-coef 100               explore, by Random Network Distillation
         --evaluate runs/NAME/model.pt
     torchrun --nproc-per-node 2 async_ppo.py    data-parallel: each process has actors of its own
     tensorboard --logdir runs

@@ -1206,8 +1206,8 @@ class LidarNavigation(NativeVectorEnv):
     Observation (num_envs, n_agents, 36), in the robot's own frame: 32 rays, the first straight ahead and then
     counter-clockwise, from its centre to the nearest wall, obstacle or robot, at a distance of d lidar ranges as
     (6 d - 1) / (1 + 4 d): exactly 1 where nothing is within range, -1 at no distance, and half of the scale for the
-    last 0.5 m. Policies learn this several times faster than a linear scale, or one from 0, of which tanh layers see
-    little but the mean (`lidar_distance` turns it back into metres). Then forward speed and yaw rate, by their
+    last 0.5 m. Policies learn faster from this than from a linear scale, or from one that starts at 0, of which tanh
+    layers see little but the mean (`lidar_distance` gives metres back). Then forward speed and yaw rate, by their
     largest; the goal (forward, left) / (1 m + distance), which keeps the direction and, within (-1, 1), the distance.
     With `goal_visible_steps` a goal is in that many observations from the one on which it was set, and then (0, 0): it
     has to be remembered.
