@@ -7,7 +7,7 @@
 From the repository's root; 2 and 10 minutes. Both play 20 greedy, held-out episodes every so many steps, CartPole-v1 or
 Gymnasium's own LunarLander-v3, and have arrived when the mean return reaches 475 or 200. Printed, for each seed: the
 steps and the seconds from the first one of training; the same seconds plus start-up, from the launch of the process.
-SB3's evaluations are taken out of its time; those of async_ppo.py, which trains on the native lander, count in full.
+The evaluations are in nobody's time, though during its own async_ppo.py's actors may fill the fragments they have.
 """
 
 import argparse
@@ -91,9 +91,13 @@ def ours(env_id, seed):
     end = events.Scalars("test/async_ppo")[-1].value
     if hit is None:
         return (float("nan"),) * 3, end
+    logged = {event.step: event.wall_time for event in events.Scalars("charts/SPS")}
     first = min(seconds)  # training began this long before the first update was logged
-    started = next(event.wall_time for event in events.Scalars("charts/SPS") if event.step == first) - seconds[first]
-    return (hit.step, hit.wall_time - started, hit.wall_time - launch), end
+    started = logged[first] - seconds[first]
+    # An evaluation lies between the writing of the update's scalars and that of its own.
+    pause = sum(event.wall_time - logged[event.step] for event in events.Scalars("eval/r") if event.step < hit.step)
+    arrived = logged[hit.step] - pause
+    return (hit.step, arrived - started, arrived - launch), end
 
 
 def main():

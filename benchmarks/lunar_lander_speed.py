@@ -1,20 +1,23 @@
 """How fast LunarLander steps in one thread, beside EnvPool and Gymnasium. From the repository's root, two minutes:
 
-    python benchmarks/lunar_lander_speed.py [--envpool /path/to/python]
+    python benchmarks/lunar_lander_speed.py [--envpool /path/to/python] [--model runs/NAME/model.pt]
 
 EnvPool needs NumPy of its own version, so it may live in another virtual environment (`pip install envpool`), whose
-interpreter is named by --envpool; without it, and where this one cannot import it, its rows are left out. Two policies:
-random actions, mostly in flight, and Gymnasium's heuristic, which lands and comes to rest. A step is all of
-`envs.step`, resets included; the time that the policy takes is not counted. The contestants take turns, round after
-round, so that a busy machine slows them all. The table has the median over the rounds in thousand steps/s, with the
-smallest and largest, and the ratio to EnvPool in the same round and with the same policy.
+interpreter is named by --envpool; without it, and where this one cannot import it, its rows are left out. Policies:
+random actions, mostly in flight; Gymnasium's heuristic, which lands and comes to rest; with --model, the greedy policy
+that a GRPO script has saved. A step is all of `envs.step`, resets included; the time that the policy takes is not
+counted. The contestants take turns, round after round, so that a busy machine slows them all. The table has the median
+over the rounds in thousand steps/s, with the smallest and largest, and the ratio to EnvPool in the same round and with
+the same policy.
 """
 
 import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 ROUNDS = 5
 STEPS = {"ours": 400_000, "EnvPool": 60_000, "Gymnasium": 20_000}  # of each contestant in a round, all envs together
-POLICIES = ("random", "heuristic")
 
 
 def heuristic(observations):
@@ -38,12 +40,32 @@ def heuristic(observations):
     return np.where((climb > np.abs(turn)) & (climb > 0.05), 2, side)
 
 
+def random(rng, observations):
+    return rng.integers(4, size=len(observations))
+
+
+def trained(layers, observations):
+    """The likeliest actions of a network with tanh between its layers; NumPy: EnvPool may have no torch."""
+    for weight, bias in layers[:-1]:
+        observations = np.tanh(observations @ weight.T + bias)
+    weight, bias = layers[-1]
+    return (observations @ weight.T + bias).argmax(-1)
+
+
+def load_policies(path):
+    """The policies by name; `path` is a file of the trained network's arrays, or "" if there is none."""
+    policies = {"random": partial(random, np.random.default_rng(0)), "heuristic": heuristic}
+    if path:
+        arrays = [*np.load(path).values()]
+        policies["trained"] = partial(trained, [*zip(arrays[::2], arrays[1::2], strict=True)])
+    return policies
+
+
 def steps_per_second(vector, num_envs, policy, steps):
-    rng = np.random.default_rng(0)
     observations, _ = vector.reset()
     spent, total = 0.0, -(-steps // num_envs)
     for _ in range(total):
-        actions = rng.integers(4, size=num_envs) if policy == "random" else heuristic(observations)
+        actions = policy(observations)
         start = time.perf_counter()
         observations = vector.step(actions)[0]
         spent += time.perf_counter() - start
@@ -69,26 +91,28 @@ class Single:
         return observation[None], reward, terminated, truncated, info
 
 
-def serve_envpool():
+def serve_envpool(path):
     """In EnvPool's interpreter: one measurement for every line that comes in."""
     import envpool
 
-    vectors = {}
+    vectors, policies = {}, load_policies(path)
     print("ready", flush=True)
     for line in sys.stdin:
         policy, num_envs = line.split()
         num_envs = int(num_envs)
         if num_envs not in vectors:
             vectors[num_envs] = envpool.make_gymnasium("LunarLander-v3", num_envs=num_envs, num_threads=1, seed=0)
-        print(steps_per_second(vectors[num_envs], num_envs, policy, STEPS["EnvPool"]), flush=True)
+        print(steps_per_second(vectors[num_envs], num_envs, policies[policy], STEPS["EnvPool"]), flush=True)
 
 
-def main(interpreter):
+def main(interpreter, model, path):
     import envs
 
-    pool = subprocess.Popen(
-        [interpreter, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    if model:
+        np.savez(path, *(weights.numpy() for weights in envs.load(model)["model"].values()))
+    policies = load_policies(path if model else "")
+    command = [interpreter, __file__, "--serve", path if model else ""]
+    pool = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with_envpool = pool.stdout.readline() == "ready\n"
 
     def envpool(policy, num_envs):
@@ -101,13 +125,13 @@ def main(interpreter):
         ours.reset(seed=0)
         ours.step(np.zeros(num_envs, int))  # compiles
         contestants["ours", num_envs] = lambda policy, n=num_envs, ours=ours: steps_per_second(
-            ours, n, policy, STEPS["ours"]
+            ours, n, policies[policy], STEPS["ours"]
         )
     if with_envpool:
         for num_envs in (32, 1024):
             contestants["EnvPool", num_envs] = lambda policy, n=num_envs: envpool(policy, n)
-    contestants["Gymnasium", 1] = lambda policy: steps_per_second(single, 1, policy, STEPS["Gymnasium"])
-    speeds = {(name, policy): [] for policy in POLICIES for name in contestants}
+    contestants["Gymnasium", 1] = lambda policy: steps_per_second(single, 1, policies[policy], STEPS["Gymnasium"])
+    speeds = {(name, policy): [] for policy in policies for name in contestants}
     for _ in range(ROUNDS):
         for name, policy in speeds:
             speeds[name, policy].append(contestants[name](policy))
@@ -128,6 +152,11 @@ def main(interpreter):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envpool", default=sys.executable, help="the interpreter that can import envpool")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help="a model of a GRPO script")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    serve_envpool() if options.serve else main(options.envpool)
+    if options.serve is not None:
+        serve_envpool(options.serve)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            main(options.envpool, options.model, f"{folder}/layers.npz")
