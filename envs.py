@@ -11,6 +11,7 @@ In order, each section complete in itself:
     Baselines       the Vicsek model, a lidar driver and random actions, as policies
     Evaluation      held-out episodes, the comparison table, plot and side-by-side video
     Runs            files that survive a crash, and finding the unfinished run to go on with
+    Adapters        one native environment alone, as Gymnasium's `Env` or PettingZoo's `ParallelEnv`
     Vectorizer      any environment on a pool of forked workers, batches in shared memory
 
 Units: lengths in the environment's own unit, angles in radians, times in its own or in steps. Arrays are C-contiguous;
@@ -276,10 +277,11 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         picture = self.draw(0)
         if self.window is None:
             pygame.init()
-            self.window = pygame.display.set_mode(picture.shape[1::-1])
+            self.window, self.clock = pygame.display.set_mode(picture.shape[1::-1]), pygame.time.Clock()
         pygame.event.pump()
         pygame.surfarray.blit_array(self.window, picture.swapaxes(0, 1))
         pygame.display.flip()
+        self.clock.tick(self.metadata["render_fps"])  # waits: this is to be watched
         return None
 
     def close_extras(self, **kwargs):
@@ -3389,6 +3391,145 @@ def open_run(args, world_size):
     folder.mkdir(parents=True)
     lock(folder)
     return folder, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ----------------------------------------------------------------------------------------------------------------------
+# One native environment alone, for libraries that step it so: `gymnasium.make("CleanSwarm/LunarLander-v0")`, of one
+# agent, and `parallel_env("Swarm")`, of many. `gymnasium.make_vec` of these ids is the `make_vec` of this file.
+
+SINGLE_AGENT = ("LunarLander", "DenseLunarLander", "SparseLunarLander")
+
+
+class NativeEnv(gym.Env):
+    """A native environment as a `gymnasium.Env`: an episode that has ended stays so until `reset`.
+
+    The same seed and actions give the same trajectory as in `make_vec(env_id, 1)`, whose next episode is what `reset`
+    without a seed returns. Nothing has the axis of num_envs, the arrays in `options` neither. The info of an episode's
+    last step also holds the metrics of the episode, but "r" and "l", which Gymnasium's RecordEpisodeStatistics adds.
+    After that step `render` shows the state before it: the kernels leave none between it and the next episode.
+    """
+
+    metadata = {"render_modes": NativeVectorEnv.metadata["render_modes"], "render_fps": LANDER_FPS}
+
+    def __init__(self, env_id, render_mode=None, **env_kwargs):
+        self.envs = make_vec(env_id, num_envs=1, num_workers=0, render_mode=render_mode, **env_kwargs)
+        self.metadata = {name: self.envs.metadata[name] for name in self.metadata}
+        self.render_mode = render_mode
+        self.observation_space = self.envs.single_observation_space
+        self.action_space = self.envs.single_action_space
+        self.next_start = None  # once an episode has ended, the state at the start of the next
+
+    def reset(self, *, seed=None, options=None):
+        options, shapes = dict(options or {}), self.envs.start_shapes
+        for name in set(options) & set(shapes):
+            array = _array(f"options[{name!r}]", options[name], shapes[name][1:], np.float64)
+            options[name] = array.reshape(shapes[name])
+        if self.next_start is not None:
+            observations, infos = self.envs.set_state(self.next_start)
+        if self.next_start is None or seed is not None or options:
+            observations, infos = self.envs.reset(seed=seed, options=options)
+        self.next_start = None
+        super().reset(seed=seed)  # for `np_random`, which wrappers may draw from
+        if self.render_mode == "human":
+            self.render()
+        return observations[0], {name: values[0] for name, values in infos.items()}
+
+    def step(self, action):
+        if self.next_start is not None:
+            raise gym.error.ResetNeeded("step after the end of the episode: reset first")
+        before = None if self.render_mode is None else self.envs.get_state()
+        observations, rewards, terminations, truncations, infos = self.envs.step([action])
+        metrics = {}
+        if terminations[0] or truncations[0]:
+            self.next_start = self.envs.get_state()
+            if before is not None:
+                self.envs.set_state(before)
+            metrics = {name: float(value) for name, (value,) in infos["episode"].items() if name not in ("r", "l")}
+            observations, infos = infos["final_obs"], infos["final_info"]
+        if self.render_mode == "human":
+            self.render()
+        info = {name: values[0] for name, values in infos.items()} | metrics
+        return observations[0], rewards[0].tolist(), bool(terminations[0]), bool(truncations[0]), info
+
+    def render(self):
+        pictures = self.envs.render()
+        return None if pictures is None else pictures[0]
+
+    def close(self):
+        self.envs.close()
+
+
+for _name in SINGLE_AGENT:
+    if f"CleanSwarm/{_name}-v0" not in gym.registry:  # it may be, when a notebook reloads this file
+        entry_points = dict(entry_point=f"{__name__}:NativeEnv", vector_entry_point=f"{__name__}:make_vec")
+        gym.register(f"CleanSwarm/{_name}-v0", **entry_points, kwargs={"env_id": _name})
+
+
+def parallel_env(env_id, render_mode=None, **env_kwargs):
+    """A native environment of many agents as a `pettingzoo.ParallelEnv`, of "agent_0", "agent_1", ...
+
+    All agents end together. What `NativeEnv` promises holds here too; the metrics are in the info of every agent.
+    """
+    multi_agent = sorted(set(NATIVE_ENVS) - set(SINGLE_AGENT))
+    if env_id not in multi_agent:
+        raise ValueError(f"env_id is {env_id!r}: it must be one of {multi_agent}")
+    try:
+        from pettingzoo import ParallelEnv
+    except ImportError as error:
+        raise ImportError("parallel_env needs PettingZoo: pip install pettingzoo") from error
+
+    class NativeParallelEnv(ParallelEnv):
+        def __init__(self):
+            self.env = NativeEnv(env_id, render_mode, **env_kwargs)
+            self.metadata, self.render_mode = {"name": env_id, **self.env.metadata}, render_mode
+            observed, acted = self.env.observation_space, self.env.action_space  # (n_agents, ...)
+            self.agents, self.possible_agents = [], [f"agent_{i}" for i in range(len(observed.low))]
+            self.observation_spaces = self.by_agent(map(gym.spaces.Box, observed.low, observed.high))
+            self.action_spaces = self.by_agent(map(gym.spaces.Box, acted.low, acted.high))
+
+        def observation_space(self, agent):
+            return self.observation_spaces[agent]
+
+        def action_space(self, agent):
+            return self.action_spaces[agent]
+
+        def by_agent(self, values):
+            return dict(zip(self.possible_agents, values, strict=True))
+
+        def infos_by_agent(self, info):
+            def of_agent(i):
+                return {name: value if np.isscalar(value) else value[i] for name, value in info.items()}
+
+            return self.by_agent(map(of_agent, range(len(self.possible_agents))))
+
+        def reset(self, seed=None, options=None):
+            options = dict(options or {})
+            for name in set(options) - set(self.env.envs.start_shapes):  # no error: PettingZoo's own tests give some
+                warnings.warn(f"options[{name!r}] is not for {env_id}: ignored", stacklevel=2)
+                del options[name]
+            observations, info = self.env.reset(seed=seed, options=options)
+            self.agents = list(self.possible_agents)
+            return self.by_agent(observations), self.infos_by_agent(info)
+
+        def step(self, actions):
+            agents = self.agents  # none before `reset` or after the end, which `self.env` refuses
+            if agents and set(actions) != set(agents):
+                raise ValueError(f"actions are for {list(actions)}: they must be for {agents}")
+            observations, rewards, *ends, info = self.env.step([actions[agent] for agent in agents])
+            if any(ends):
+                self.agents = []
+            ends = [dict.fromkeys(agents, end) for end in ends]
+            return self.by_agent(observations), self.by_agent(rewards), *ends, self.infos_by_agent(info)
+
+        def render(self):
+            return self.env.render()
+
+        def close(self):
+            self.env.close()
+
+    return NativeParallelEnv()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
