@@ -71,7 +71,8 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     - `infos["episode"]` has the return "r", the length "l" and the environment's own metrics, each (num_envs,), valid
       where `infos["_episode"]` is True. Both are present only on steps in which an episode ended.
     - Returned arrays are copies: the next step leaves them as they are.
-    - The same seed gives the same trajectories for any number of workers.
+    - The same seed gives the same trajectories for any number of workers. With a list of seeds, each environment goes
+      as it would alone with its own.
     - `reset(seed=..., options={"identical": n})` starts the environments in groups of n, each as the first of its group
       starts with that seed, or all alike with True; after that, each draws random numbers of its own.
 
@@ -148,12 +149,21 @@ def _valid_actions(actions, space):
     return actions
 
 
+def _valid_seed(seed, num_envs):
+    """None, a seed, or a list of seeds, one for each environment."""
+    if isinstance(seed, list | tuple):
+        if len(seed) != num_envs:
+            raise ValueError(f"seed is {seed}: a list must have one for each of {num_envs} environments")
+        return [_integer("seed", own, 0, 2**63 - 1) for own in seed]
+    return None if seed is None else _integer("seed", seed, 0, 2**63 - 1)
+
+
 def _pop_identical(options, seed):
     """How many environments in a row are to start alike."""
     identical = options.pop("identical", False)
     group = 2**62 if identical is True else identical
-    if not isinstance(group, numbers.Integral) or group < 0 or (group > 1 and seed is None):
-        allowed = "True, False or the size of a group, and needs a seed"
+    if not isinstance(group, numbers.Integral) or group < 0 or (group > 1 and not isinstance(seed, int)):
+        allowed = "True, False or the size of a group, and needs one seed"
         raise ValueError(f"options['identical'] is {identical!r}: it must be {allowed}")
     return max(int(group), 1)
 
@@ -219,7 +229,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
-        options = {} if options is None else dict(options)
+        seed, options = _valid_seed(seed, self.num_envs), dict(options or {})
         group = _pop_identical(options, seed)
         unknown = set(options) - set(self.start_shapes)
         if unknown:
@@ -229,13 +239,16 @@ class NativeVectorEnv(gym.vector.VectorEnv):
             for name, value in options.items()
         }
         if seed is not None or not self.started:
-            seed = _integer("seed", np.random.SeedSequence().entropy % 2**63 if seed is None else seed, 0, 2**63 - 1)
-            _seed_rng(self.state.rng, np.uint64(seed), np.uint64(self.first_env))
+            seed = np.random.SeedSequence().entropy % 2**63 if seed is None else seed
+            seeds = np.broadcast_to(np.uint64(seed), self.num_envs)
+            index = self.first_env + np.arange(self.num_envs)  # tells apart environments of one seed
+            if isinstance(seed, list):
+                index[:] = 0
+            _seed_rng(self.state.rng, seeds, index)
             self.started = True
         streams = self.state.rng.copy()
-        for env in range(self.num_envs if group > 1 else 0):
-            first = (self.first_env + env) // group * group
-            _seed_rng(self.state.rng[env : env + 1], np.uint64(seed), np.uint64(first))
+        if group > 1:
+            _seed_rng(self.state.rng, seeds, index // group * group)
         self.restart(start)
         if group > 1:
             self.state.rng[...] = streams
@@ -310,9 +323,9 @@ def _mix(z):
 
 
 @kernel
-def _seed_rng(rng, seed, first_env):
+def _seed_rng(rng, seeds, index):
     for env in range(rng.shape[0]):
-        rng[env, 0] = np.int64(_mix(_mix(seed + GOLDEN) + (first_env + np.uint64(env)) * GOLDEN))
+        rng[env, 0] = np.int64(_mix(_mix(seeds[env] + GOLDEN) + np.uint64(index[env]) * GOLDEN))
         rng[env, 1] = 0
 
 
@@ -3604,13 +3617,14 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         if self.closed:
             raise gym.error.ClosedEnvironmentError("reset after close")
-        if seed is not None:
-            seed = _integer("seed", seed, 0)
+        seed = _valid_seed(seed, self.num_envs)
         options = None if options is None else dict(options)
         group = _pop_identical(options, seed) if options else 1
         env_seed = None
         for i, env in enumerate(self.envs):
-            if seed is not None:  # 32 bits: no environment refuses them
+            if isinstance(seed, list):
+                env_seed = seed[i]
+            elif seed is not None:  # 32 bits: no environment refuses them
                 own = np.random.SeedSequence(seed, spawn_key=(self.first_env + i,))
                 first = np.random.SeedSequence(seed, spawn_key=((self.first_env + i) // group * group,))
                 env_seed = int(first.generate_state(1)[0])
@@ -3731,7 +3745,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self._tell(READY)
 
     def reset(self, *, seed=None, options=None):
-        seed = None if seed is None else _integer("seed", seed, 0, 2**63 - 1)
+        seed = _valid_seed(seed, self.num_envs)
+        seeds = [seed[part] if isinstance(seed, list) else seed for part in self.shared.slices]
         parts = [options] * len(self.tasks)
         if options and isinstance(self.probe, NativeVectorEnv):
             options = dict(options)
@@ -3741,7 +3756,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
             if unknown:
                 raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(starts)}")
             parts = [part | {"identical": group} for part in self._split("options", options, starts)]
-        self._tell(CALL, [methodcaller("reset", seed=seed, options=part) for part in parts])
+        pairs = zip(seeds, parts, strict=True)
+        self._tell(CALL, [methodcaller("reset", seed=own, options=part) for own, part in pairs])
         return self._observed()
 
     def step(self, actions):

@@ -340,8 +340,8 @@ def test_what_gymnasium_expects_of_a_vector_env(env_id, env_kwargs, num_workers)
     assert same(again, first) and same([result[:4] for result in repeated], [result[:4] for result in results])
     assert same(ended(repeated), ended(results))
     assert not same(vector.reset(seed=8)[0], first)
-    with pytest.raises(ValueError, match=r"^seed is \[1, 2, 3\]"):
-        vector.reset(seed=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"^seed is \[1, 2\]"):
+        vector.reset(seed=[1, 2])
     vector.close()
     vector.close()
     with pytest.raises(gym.error.ClosedEnvironmentError):
@@ -366,3 +366,26 @@ def test_gymnasiums_vector_wrappers_take_a_batch(env_id, continuous):
                 assert info["counted"]["l"] == info["episode"]["l"]
                 assert info["counted"]["r"] == pytest.approx(info["episode"]["r"], rel=1e-4, abs=1e-3)
     assert n_ended >= 6
+
+
+@pytest.mark.parametrize("num_workers", (0, 2))
+@pytest.mark.parametrize("env_id", (*envs.NATIVE_ENVS, "CartPole-v1"))
+def test_with_a_list_of_seeds_each_environment_goes_as_it_would_alone(env_id, num_workers):
+    seeds = [7, 7, 2**31]
+    together = envs.make_vec(env_id, 3, num_workers)
+    together.action_space.seed(0)
+    starts, _ = together.reset(seed=seeds)
+    actions = [together.action_space.sample() for _ in range(200)]
+    steps = [together.step(action) for action in actions]
+    for env, seed in enumerate(seeds):
+        alone = envs.make_vec(env_id, 1, 0)
+        if env_id in envs.NATIVE_ENVS:
+            assert same(alone.reset(seed=seed)[0][0], starts[env])
+        assert same(alone.reset(seed=[seed])[0][0], starts[env])
+        for action, (observations, rewards, terminations, truncations, _) in zip(actions, steps, strict=True):
+            expected = alone.step(action[env : env + 1])
+            assert same(expected[0][0], observations[env]) and same(expected[1][0], rewards[env])
+            assert (expected[2][0], expected[3][0]) == (terminations[env], truncations[env])
+    together.close()
+    with pytest.raises(ValueError, match="needs one seed"):
+        envs.make_vec(env_id, 3, 0).reset(seed=seeds, options={"identical": True})
