@@ -3307,8 +3307,11 @@ def record(make_policy, env_id, seed, path, **env_kwargs):
     write_video({path.stem: frames}, str(path))
 
 
-def write_video(videos, path, fps=25):
-    """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended."""
+def write_video(videos, path, fps=25, **options):
+    """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended.
+
+    `options` go to moviepy, as in codec="gif".
+    """
     import pygame
     from moviepy import ImageSequenceClip
 
@@ -3327,7 +3330,7 @@ def write_video(videos, path, fps=25):
             panel.blit(font.render(caption, True, "black"), (8, 7))
             panels.append(pygame.surfarray.array3d(panel).swapaxes(0, 1))
         strips.append(np.concatenate(panels, axis=1))
-    ImageSequenceClip(strips, fps=fps).write_videofile(path, audio=False, logger=None)
+    ImageSequenceClip(strips, fps=fps).write_videofile(path, audio=False, logger=None, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
