@@ -370,7 +370,7 @@ if __name__ == "__main__":
         folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir()
         print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
-        print(f"In {folder}: eval.png, eval.mp4")
+        print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
         raise SystemExit
 
     batch_size = args.num_steps * args.num_envs  # swarms in a rollout
@@ -577,7 +577,8 @@ if __name__ == "__main__":
             writer.add_scalar(f"test/{name}", score, global_step)
         writer.close()
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-        print(f"{(time.time() - start_time) / 60:.1f} minutes. In {run_dir}: model.pt, eval.png, eval.mp4, TensorBoard")
+        files = ", ".join(sorted(os.listdir(run_dir)))
+        print(f"{(time.time() - start_time) / 60:.1f} minutes. In {run_dir}: {files}")
     if world_size > 1:
         dist.barrier()  # torchrun ends all if one fails, even on its way out: rank 0 has to have written its files
         dist.destroy_process_group()

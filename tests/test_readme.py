@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_training_loop_of_ones_own_learns(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "own.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     output = subprocess.run(
@@ -21,6 +22,19 @@ def test_the_training_loop_of_ones_own_learns(tmp_path):
     lengths = [float(length) for length in re.findall(r"mean length (\d+)", output)]
     assert len(lengths) == 30
     assert max(lengths[-5:]) > 5 * lengths[0]
+
+
+def test_an_environment_of_ones_own_is_trained_on(tmp_path):
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "reach.py").write_text(code)
+    for name in ("envs.py", "async_ppo.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (flags,) = re.findall(r"python async_ppo.py (--env-id reach:\S+ .*)", README)
+    output = subprocess.run(
+        [sys.executable, "async_ppo.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    trained, random = (float(re.search(rf"\| {name} \| (-[\d.]+)", output)[1]) for name in ("async_ppo", "random"))
+    assert random < -100 and trained > -15
 
 
 def test_the_files_that_the_readme_names_exist():
