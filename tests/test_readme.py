@@ -42,6 +42,13 @@ def test_the_files_that_the_readme_names_exist():
         assert (ROOT / (name[0] or name[1])).exists(), name
 
 
+def test_the_diff_that_the_readme_shows_is_that_of_the_files():
+    (shown,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    names = ("grpo_perep.py", "grpo_perstep.py")
+    command = ["diff", "-u", *(f"--label={name}" for name in names), *names]
+    assert shown == subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
 def test_the_commands_that_the_readme_shows_have_only_arguments_that_exist():
     sys.path.insert(0, str(ROOT))
     from ppo_swarm import Args
