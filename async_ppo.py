@@ -90,6 +90,7 @@ class Args:
     learning_rate: float = 1e-3  # the step size of Adam
     num_steps: int = 32  # steps of each environment in a fragment
     anneal_lr: bool = True  # lower the learning rate linearly to 0
+    reward_scale: float = 1.0  # rewards are multiplied by this: a critic fits returns of hundreds late
     gamma: float = 0.98  # discount
     gae_lambda: float = 0.9  # lambda of generalised advantage estimation
     vtrace: bool = False  # correct the returns by V-trace
@@ -112,7 +113,7 @@ class Args:
             "eval_every eval_episodes checkpoint_every": (1, math.inf),
             "num_actors max_lag": (0, math.inf),
             "hidden_dim": (2, math.inf),
-            "learning_rate clip_coef max_grad_norm target_kl": (1e-12, 1e12),
+            "learning_rate reward_scale clip_coef max_grad_norm target_kl": (1e-12, 1e12),
             "ent_coef vf_coef rnd_coef": (0, 1e12),
             "gamma gae_lambda rnd_gamma": (0, 1),
             "init_logstd": (-20, 5),
@@ -651,7 +652,7 @@ if __name__ == "__main__":
             for name in ("obs", "final_obs", "actions", "logprobs", "rewards", "terminations", "truncations", "stats")
         )  # (num_steps, num_envs, ...), obs one step more
         done = terminations | truncations
-        rewards, dones = rewards.unsqueeze(-1), done.float().unsqueeze(-1)  # (num_steps, num_envs, heads)
+        rewards, dones = args.reward_scale * rewards.unsqueeze(-1), done.float().unsqueeze(-1)  # (..., heads)
         if args.rnd_coef or args.norm_obs:
             next_obs = torch.where(done.unsqueeze(-1), final_obs, obs[1:])
             agent.obs_stats.update(next_obs.flatten(0, 1), world_size)

@@ -545,7 +545,7 @@ def watched(nursery, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("watched")
     shutil.copy(Path(sys.path[0]) / "paced_world.py", cwd)
     args = ASYNC | dict(env_id=PACED_ID, num_actors=1, max_lag=1, rnd_coef=0.5, gamma=0.9, rnd_gamma=0.7, vtrace=True)
-    result = nursery.run_one(cwd, probe=WATCH, **args | dict(learning_rate=0.05, norm_obs=True))
+    result = nursery.run_one(cwd, probe=WATCH, **args | dict(learning_rate=0.05, norm_obs=True, reward_scale=0.3))
     assert (cwd / "seen.pt").exists(), result.output
     return torch.load(cwd / "seen.pt")[:3]
 
@@ -567,7 +567,7 @@ def test_the_run_bootstraps_what_was_cut_off_and_nothing_that_terminated(watched
 def test_the_run_gives_each_head_its_rewards_and_its_discount_and_cuts_the_ratios(watched):
     for batch in watched:
         torch.testing.assert_close(batch["gamma"], torch.tensor([0.9, 0.7]))
-        assert torch.equal(batch["rewards"][..., 0], batch["env_rewards"])
+        torch.testing.assert_close(batch["rewards"][..., 0], 0.3 * batch["env_rewards"])
         torch.testing.assert_close(batch["rewards"][..., 1], batch["errors"] / batch["return_std"])
         ended = batch["terminations"] | batch["truncations"]
         assert torch.equal(batch["next_obs"][ended], batch["final_obs"][ended])
@@ -1036,6 +1036,7 @@ BAD_ARGUMENTS = {
     **dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), (0, -3)),
     **dict.fromkeys(("eval_every", "eval_episodes", "checkpoint_every"), (0, -1)),
     **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl"), (0.0, -1.0, math.nan)),
+    "reward_scale": (0.0, -1.0, math.inf),
     **dict.fromkeys(("ent_coef", "vf_coef", "rnd_coef"), (-0.1, math.inf, math.nan)),
     **dict.fromkeys(("gamma", "gae_lambda", "rnd_gamma"), (-0.1, 1.1, math.nan)),
     "num_actors": (-1, 3, 64),  # of 32 environments
