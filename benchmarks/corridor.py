@@ -1,13 +1,13 @@
-"""The world of async_rnd.py: a corridor with a reward at its far end, and nothing on the way that says where that is."""
+"""The world of async_rnd.py: a corridor with a reward at its far end, and nothing on the way that points there."""
 
 import gymnasium as gym
 import numpy as np
 
-LENGTH, STEPS = 50, 100  # cells, and steps before the episode is cut off: half of them may go wrong by one
+LENGTH, STEPS = 50, 100  # cells, and steps before the episode is cut off
 
 
 class Corridor(gym.Env):
-    """Observes the cell, one-hot. In each, one of two actions leads on and the other back: which, is drawn once for all.
+    """Observes the cell, one-hot. In each, one of two actions leads on and the other back; which is drawn once for all.
 
     So no habit such as always going right will do: an agent has to learn every cell's action, as in bsuite's deep sea
     (Osband et al., arXiv 1908.03568). Random actions reach the end once in a million episodes.
