@@ -42,6 +42,12 @@ def test_the_files_that_the_readme_names_exist():
         assert (ROOT / (name[0] or name[1])).exists(), name
 
 
+def test_the_lines_of_each_script_are_those_that_the_readme_counts():
+    counts = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE))
+    scripts = {path.name for path in ROOT.glob("*.py")} - {"envs.py"}
+    assert counts == {name: str(len((ROOT / name).read_text().splitlines())) for name in scripts}
+
+
 def test_the_diff_that_the_readme_shows_is_that_of_the_files():
     (shown,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
     names = ("grpo_perep.py", "grpo_perstep.py")
