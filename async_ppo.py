@@ -17,7 +17,8 @@ ppo_swarm.py:
 1. One agent to an environment, actions discrete or continuous; networks of two layers, not shared by actor and critic.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
    Fragments with more than max_lag are thrown away; an actor that is two fragments ahead waits.
-3. The probability ratio is taken against the policy that acted, so that clipping bounds the lag's effect as well.
+3. The probability ratio to the policy that acted has two factors (decoupled PPO, arXiv 2110.00641): that of the
+   policy before the update to the one that acted weighs the loss, that of the newest to the one before is clipped.
    V-trace (arXiv 1802.01561) also corrects the returns, with lambda; the ratio already weighs the advantages.
 4. With rnd_coef the critic has a second head, for the error with which a network predicts a random one (arXiv
    1810.12894): intrinsic rewards, over their returns' standard deviation, with their own discount and no episodes.
@@ -665,9 +666,10 @@ if __name__ == "__main__":
         with torch.no_grad():
             values = agent.get_value(obs)
             final_values[cut_off] = agent.get_value(final_obs[cut_off])
+            old_logprobs = agent.get_policy(obs[:-1]).log_prob(actions)  # before the update
+            lag_ratios = (old_logprobs - logprobs).exp()  # to the policy that acted, 1 without a lag
             if args.vtrace:
-                new_logprobs = agent.get_policy(obs[:-1]).log_prob(actions)
-                rhos = (new_logprobs - logprobs).exp().clamp(max=1).unsqueeze(-1)
+                rhos = lag_ratios.clamp(max=1).unsqueeze(-1)
         values, last_value = values[:-1], values[-1]
         advantages, returns = compute_gae(
             rewards, values, last_value, final_values, dones, rhos, gammas, args.gae_lambda
@@ -676,8 +678,8 @@ if __name__ == "__main__":
 
         # Update
         update_start = time.time()
-        b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
-            x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values)
+        b_obs, b_actions, b_logprobs, b_lag_ratios, b_advantages, b_returns, b_values = (
+            x.flatten(0, 1) for x in (obs[:-1], actions, old_logprobs, lag_ratios, advantages, returns, values)
         )
         minibatches = (
             mb_inds
@@ -696,7 +698,7 @@ if __name__ == "__main__":
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
             pg_loss1 = -mb_advantages * ratio
             pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+            pg_loss = (b_lag_ratios[mb_inds] * torch.max(pg_loss1, pg_loss2)).mean()
 
             v_loss = (newvalue - b_returns[mb_inds]) ** 2
             if args.clip_vloss:

@@ -501,7 +501,7 @@ WATCH = (
     QUICK
     + """
 import sys, torch
-names = "obs final_obs actions logprobs terminations truncations values b_advantages b_returns novelty".split()
+names = "obs final_obs actions logprobs terminations truncations values b_advantages b_returns b_logprobs b_lag_ratios".split()
 seen = []
 
 def watch(frame, event, result):
@@ -526,7 +526,7 @@ def watch(frame, event, result):
             batch["obs_stats"] = {name: x.clone() for name, x in script["agent"].obs_stats.state_dict().items()}
             batch["in_use"] = script["agent"].obs_mean.clone(), script["agent"].obs_std.clone()
             if seen:
-                seen[-1] |= {name: script[name].clone() for name in names[7:9]}
+                seen[-1] |= {name: script[name].clone() for name in names[7:]}
             seen.append(batch)
             torch.save(seen, "seen.pt")
             if len(seen) == 4:
@@ -583,6 +583,15 @@ def test_the_run_trains_on_the_weighted_advantages_and_the_returns(watched):
         advantages = batch["advantages"][..., 0] + 0.5 * batch["advantages"][..., 1]
         torch.testing.assert_close(batch["b_advantages"], advantages.flatten())
         torch.testing.assert_close(batch["b_returns"], batch["returns"].flatten(0, 1))
+
+
+def test_the_update_begins_at_a_ratio_of_1_and_is_weighted_by_the_ratio_to_the_policy_that_acted(watched):
+    for batch in watched:
+        torch.testing.assert_close(batch["b_logprobs"], batch["new_logprobs"].flatten())
+        ratios = (batch["new_logprobs"] - batch["logprobs"]).exp()
+        torch.testing.assert_close(batch["b_lag_ratios"], ratios.flatten())
+    first, *later = ((batch["b_lag_ratios"] - 1).abs().max() for batch in watched)
+    assert first < 1e-6 and min(later) > 1e-2  # the first update learns from the policy that it starts with
 
 
 def test_the_run_normalises_by_the_mean_and_deviation_of_all_observations_up_to_the_last_update(watched):
