@@ -501,7 +501,8 @@ WATCH = (
     QUICK
     + """
 import sys, torch
-names = "obs final_obs actions logprobs terminations truncations values b_advantages b_returns b_logprobs b_lag_ratios".split()
+names = "obs final_obs actions logprobs terminations truncations values".split()
+names += "b_advantages b_returns b_logprobs b_lag_ratios".split()
 seen = []
 
 def watch(frame, event, result):
