@@ -4,7 +4,7 @@
         --env-id LunarLander --eval-env-id LunarLander-v3       train on the fast lander, judged by Gymnasium's own
         --num-actors 0                          the same algorithm, synchronous: collect, learn, collect, ...
         --vtrace                                correct the returns for the lag of the policy that acted
-        --norm-obs --rnd-coef 100               explore, by Random Network Distillation
+        --rnd-coef 1                            explore, by Random Network Distillation
         --evaluate runs/NAME/model.pt
     torchrun --nproc-per-node 2 async_ppo.py    data-parallel: each process has actors of its own
     tensorboard --logdir runs
@@ -666,7 +666,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             values = agent.get_value(obs)
             final_values[cut_off] = agent.get_value(final_obs[cut_off])
-            old_logprobs = agent.get_policy(obs[:-1]).log_prob(actions)  # before the update
+            old_logprobs = agent.get_policy(obs[:-1]).log_prob(actions) if any(lags) else logprobs  # before the update
             lag_ratios = (old_logprobs - logprobs).exp()  # to the policy that acted, 1 without a lag
             if args.vtrace:
                 rhos = lag_ratios.clamp(max=1).unsqueeze(-1)

@@ -19,14 +19,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from async_race import LANDER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = "--eval-every 4096 --eval-episodes 20"
 FLAGS = {
     "CartPole-v1": "--total-timesteps 100000",
-    "LunarLander": "--env-id LunarLander --num-steps 128 --gamma 0.999 --gae-lambda 0.98 --num-minibatches 8 "
-    "--update-epochs 5 --learning-rate 2e-3 --reward-scale 0.02 --ent-coef 0.003 --total-timesteps 1000000",
+    "LunarLander": LANDER + "--env-id LunarLander --total-timesteps 1000000",
 }
 TARGETS = {"CartPole-v1": 475.0, "LunarLander": 200.0}
 MODES = {"asynchronous": "", "synchronous": "--num-actors 0"}

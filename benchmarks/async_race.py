@@ -26,14 +26,15 @@ import numpy as np
 
 TARGETS = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}
 LANDER = (
-    "--eval-env-id LunarLander-v3 --num-steps 128 --gamma 0.999 --gae-lambda 0.98 --num-minibatches 8 "
-    "--update-epochs 5 --learning-rate 2e-3 --reward-scale 0.02 --ent-coef 0.003 --eval-every 50000 --eval-episodes 20 "
+    "--num-steps 128 --gamma 0.999 --gae-lambda 0.98 --num-minibatches 8 --update-epochs 5 --learning-rate 2e-3 "
+    "--reward-scale 0.02 --ent-coef 0.003 "
 )
+JUDGED = "--eval-env-id LunarLander-v3 --eval-every 50000 --eval-episodes 20 "
 FLAGS = {
     "CartPole-v1": {"async_ppo.py": "--total-timesteps 60000 --eval-every 2048 --eval-episodes 20"},
     "LunarLander-v3": {
-        "on the native lander": LANDER + "--env-id LunarLander --num-actors 1 --total-timesteps 4000000",
-        "on Box2D": LANDER + "--env-id LunarLander-v3 --total-timesteps 1000000",
+        "on the native lander": LANDER + JUDGED + "--env-id LunarLander --num-actors 1 --total-timesteps 4000000",
+        "on Box2D": LANDER + JUDGED + "--env-id LunarLander-v3 --total-timesteps 1000000",
     },
 }
 ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
