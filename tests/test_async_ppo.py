@@ -770,7 +770,7 @@ def children(pid):
     """Of a process: those that are not dead, in the order of their start."""
     try:
         found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between the open and the read
         return []
     return [int(child) for child in found if alive(int(child))]
 
@@ -778,7 +778,7 @@ def children(pid):
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between the open and the read
         return False
 
 
