@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.util import Finalize
@@ -1828,45 +1829,51 @@ class LanderParams(NamedTuple):
     max_steps: int
 
 
-class LanderState(NamedTuple):
-    terrain: np.ndarray  # (num_envs, CHUNKS + 1), heights [m]
-    pose: np.ndarray  # (num_envs, 3, 3), x, y of each body's centre of mass [m] and its angle [rad]
-    velocity: np.ndarray  # (num_envs, 3, 3), of the same
-    joint_impulse: np.ndarray  # (num_envs, 2, 4), x, y, limit and motor, of the last step
-    joint_limit: np.ndarray  # (num_envs, 2), -1 at its lower limit, 1 at its upper, 0 between
-    touched: np.ndarray  # (num_envs, 3, 2), the edges that each body touches, even and odd ones; -1 where none
-    feature: np.ndarray  # (num_envs, 3, 2, 2), which corners and faces each contact point is made of; -1 where none
-    contact_impulse: np.ndarray  # (num_envs, 3, 2, 2, 2), along the normal and the tangent, of the last step
-    legs_down: np.ndarray  # (num_envs, 2)
-    crashed: np.ndarray  # (num_envs,)
-    still: np.ndarray  # (num_envs, 3), how long each body has been at rest [s]
-    push: np.ndarray  # (num_envs, 2), force on the lander during the coming step [N]
-    wind: np.ndarray  # (num_envs, 2), counters of the wind and of the turbulence
-    throttle: np.ndarray  # (num_envs, 2), of the last step, for the picture
-    shaping: np.ndarray  # (num_envs,), potential of the reward
-    elapsed: np.ndarray  # (num_envs,), steps since the reset
-    totals: np.ndarray  # (num_envs, 2), return and length of the episode so far
-    rng: np.ndarray  # (num_envs, 2)
+# Records, which a kernel takes as one array: to pass each field as its own took a tenth of the time of a step.
+LANDER_STATE = np.dtype(
+    [
+        ("terrain", f32, CHUNKS + 1),  # heights [m]
+        ("pose", f32, (3, 3)),  # x, y of each body's centre of mass [m] and its angle [rad]
+        ("velocity", f32, (3, 3)),  # of the same
+        ("joint_impulse", f32, (2, 4)),  # x, y, limit and motor, of the last step
+        ("joint_limit", np.int64, 2),  # -1 at its lower limit, 1 at its upper, 0 between
+        ("touched", np.int64, (3, 2)),  # the edges that each body touches, even and odd ones; -1 where none
+        ("feature", np.int64, (3, 2, 2)),  # which corners and faces each contact point is made of; -1 where none
+        ("contact_impulse", f32, (3, 2, 2, 2)),  # along the normal and the tangent, of the last step
+        ("grounded", np.int8, 3),  # whether the hull, which is a crash, and each leg stand on the ground
+        ("still", f32, 3),  # how long each body has been at rest [s]
+        ("push", np.float64, 2),  # force on the lander during the coming step [N]
+        ("wind", np.int64, 2),  # counters of the wind and of the turbulence
+        ("throttle", np.float64, 2),  # of the last step, for the picture
+        ("shaping", np.float64),  # potential of the reward
+        ("elapsed", np.int64),  # steps since the reset
+        ("totals", np.float64, 2),  # return and length of the episode so far
+        ("rng", np.int64, 2),
+    ],
+    align=True,
+)
+LanderState = namedtuple("LanderState", LANDER_STATE.names)  # (num_envs, ...) each, views of the records
 
-
-class LanderScratch(NamedTuple):
-    """Room for one step of as many environments as there are lanes, used again for the next."""
-
-    queue: np.ndarray  # (num_envs,), the order in which environments go into lanes
-    lane_env: np.ndarray  # (LANES,), which environment is in it
-    fresh: np.ndarray  # (LANES,), whether it takes the first step, that belongs to the reset
-    near: np.ndarray  # (LANES,), whether it may touch the ground in this step
-    solving: np.ndarray  # (6,), how many lanes have a first and a second contact of each body
-    rows: np.ndarray  # (ROWS * LANES,), what the velocity iterations work on
-    start: np.ndarray  # (LANES, 3, 3), poses before the step
-    contact: np.ndarray  # (LANES, 6, 8), manifolds, for body and slot
-    contact_kind: np.ndarray  # (LANES, 6, 5)
-    rotation: np.ndarray  # (3, 2), cos and sin of the angles
-    corners: np.ndarray  # (6, 2), of one body [m]
-    faces: np.ndarray  # (6, 2), their normals
-    impact_rows: np.ndarray  # (ROWS * LANES,), for one body that hit the ground
-    heights: np.ndarray  # (CHUNKS + 2,), the terrain before smoothing [m]
-    sight: np.ndarray  # (8,), the observation in float64
+# Room for one step of as many environments as there are lanes, used again for the next.
+LANDER_SCRATCH = np.dtype(
+    [
+        ("lane_env", np.int64, LANES),  # which environment is in it
+        ("fresh", np.int8, LANES),  # whether it takes the first step, that belongs to the reset
+        ("near", np.int8, LANES),  # whether it may touch the ground in this step
+        ("solving", np.int64, 6),  # how many lanes have a first and a second contact of each body
+        ("rows", f32, ROWS * LANES),  # what the velocity iterations work on
+        ("start", f32, (LANES, 3, 3)),  # poses before the step
+        ("contact", f32, (LANES, 6, 8)),  # manifolds, for body and slot
+        ("contact_kind", np.int64, (LANES, 6, 5)),
+        ("rotation", f32, (3, 2)),  # cos and sin of the angles
+        ("corners", f32, (6, 2)),  # of one body [m]
+        ("faces", f32, (6, 2)),  # their normals
+        ("impact_rows", f32, ROWS * LANES),  # for one body that hit the ground
+        ("heights", np.float64, CHUNKS + 2),  # the terrain before smoothing [m]
+        ("sight", np.float64, 8),  # the observation in float64
+    ],
+    align=True,
+)
 
 
 class LanderOutputs(NamedTuple):
@@ -2113,17 +2120,19 @@ def _manifold(b, cos, sin, x, y, x1, y1, x2, y2, corners, faces, contact, kind, 
 
 
 @uncounted
-def _update_contact(b, slot, edge, pose, rotation, terrain, corners, faces, contact, kind, touched, feature, impulse,
-                    legs_down, crashed):  # fmt: skip
+def _update_contact(b, slot, edge, lane, lander, scratch):
     """b2Contact::Update: the manifold, with the impulses of the points that it had before, and what begins or ends."""
-    row = 2 * b + slot
+    pose, terrain, touched, feature = lander.pose, lander.terrain, lander.touched, lander.feature
+    impulse, grounded, rotation = lander.contact_impulse, lander.grounded, scratch.rotation
+    contact, kind, row = scratch.contact[lane], scratch.contact_kind[lane], 2 * b + slot
     old0, old1 = feature[b, slot, 0], feature[b, slot, 1]
     n0, t0, n1, t1 = impulse[b, slot, 0, 0], impulse[b, slot, 0, 1], impulse[b, slot, 1, 0], impulse[b, slot, 1, 1]
     if touched[b, slot] != edge:
         old0 = old1 = -1
     x1, x2 = f32(edge) * CHUNK_WIDTH, f32(edge + 1) * CHUNK_WIDTH
     points = _manifold(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], x1, terrain[edge], x2,
-                       terrain[edge + 1], corners, faces, contact[row], kind[row], feature[b, slot])  # fmt: skip
+                       terrain[edge + 1], scratch.corners, scratch.faces, contact[row], kind[row],
+                       feature[b, slot])  # fmt: skip
     kind[row, POINTS] = points
     for p in range(points):
         which = feature[b, slot, p]
@@ -2133,12 +2142,9 @@ def _update_contact(b, slot, edge, pose, rotation, terrain, corners, faces, cont
     before = touched[b, slot] == edge
     touched[b, slot] = edge if points > 0 else -1
     if points > 0 and not before:
-        if b == LANDER:
-            crashed[0] = True
-        else:
-            legs_down[b - 1] = True
+        grounded[b] = True
     if before and points == 0 and b != LANDER:
-        legs_down[b - 1] = False  # even if it stands on another edge, as in Gymnasium
+        grounded[b] = False  # even if it stands on another edge, as in Gymnasium
 
 
 @uncounted
@@ -2260,7 +2266,7 @@ def _contact_normal(b, slot, lanes, rows):
         rows[at_b + ANGLE * LANES] = w + i_b * (rx1 * y1 - ry1 * x1 + (rx2 * y2 - ry2 * x2))
 
 
-@inlined
+@uncounted
 def _contact_velocity(b, slot, lanes, rows):
     _contact_friction(b, slot, 0, lanes, rows)
     _contact_friction(b, slot, 1, lanes, rows)
@@ -2459,32 +2465,33 @@ def _edges_near(b, start, pose, terrain):
 
 
 @uncounted
-def _update_contacts(b, pose, rotation, terrain, corners, faces, contact, kind, touched, feature, impulse, legs_down,
-                     crashed):  # fmt: skip
+def _update_contacts(b, lane, lander, scratch):
     """b2ContactManager::Collide for one body; of the two edges that it may span, the even one has slot 0."""
-    first, last = _edges_near(b, pose, pose, terrain)
+    pose, rotation, touched = lander.pose, scratch.rotation, lander.touched
+    first, last = _edges_near(b, pose, pose, lander.terrain)
     if first <= last:
-        _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], corners, faces)
+        _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], scratch.corners, scratch.faces)
     for slot in range(2):
-        kind[2 * b + slot, POINTS] = 0
+        scratch.contact_kind[lane, 2 * b + slot, POINTS] = 0
         old = touched[b, slot]
         if old >= 0 and not first <= old <= last:
             touched[b, slot] = -1
             if b != LANDER:
-                legs_down[b - 1] = False
+                lander.grounded[b] = False
     for edge in range(first, last + 1):
-        _update_contact(b, edge % 2, edge, pose, rotation, terrain, corners, faces, contact, kind, touched, feature,
-                        impulse, legs_down, crashed)  # fmt: skip
+        _update_contact(b, edge % 2, edge, lane, lander, scratch)
 
 
 @uncounted
-def _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, contact, kind, touched, feature,
-                   impulse, legs_down, crashed, rows):  # fmt: skip
+def _solve_impacts(b, lane, lander, scratch):
     """b2World::SolveTOI for one body: stop it where it first hits an edge, and let it go on from there.
 
     Without this, what falls fast would sink in by a whole step's way before it is noticed. Box2D lets go of the joints
     meanwhile; they pull together in the next step.
     """
+    pose, velocity, terrain, rows = lander.pose, lander.velocity, lander.terrain, scratch.impact_rows
+    rotation, corners, faces = scratch.rotation, scratch.corners, scratch.faces
+    start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
     first, last = _edges_near(b, start, pose, terrain)
     done = ZERO
     kind[2 * b, HITS] = kind[2 * b + 1, HITS] = 0
@@ -2506,8 +2513,7 @@ def _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, 
         rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
         _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], corners, faces)
         slot = which % 2
-        _update_contact(b, slot, which, pose, rotation, terrain, corners, faces, contact, kind, touched, feature,
-                        impulse, legs_down, crashed)  # fmt: skip
+        _update_contact(b, slot, which, lane, lander, scratch)
         kind[2 * b + slot, HITS] += 1
         if kind[2 * b + slot, POINTS] == 0:  # near, but not touching: look no more
             pose[b, X], pose[b, Y], pose[b, ANGLE] = x, y, angle
@@ -2517,8 +2523,7 @@ def _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, 
         done = soonest
         for edge in range(first, last + 1):
             if edge != which:
-                _update_contact(b, edge % 2, edge, pose, rotation, terrain, corners, faces, contact, kind, touched,
-                                feature, impulse, legs_down, crashed)  # fmt: skip
+                _update_contact(b, edge % 2, edge, lane, lander, scratch)
         for _ in range(TOI_POSITION_ITERATIONS):
             deepest = ZERO
             for s in range(2):
@@ -2550,15 +2555,13 @@ def _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, 
         _move(b, pose, velocity, (ONE - soonest) * TIME_STEP)
 
 
-@inlined
-def _lander_load(env, lane, force_x, force_y, torque, gravity, state, scratch):
+@uncounted
+def _lander_load(lane, force_x, force_y, torque, gravity, lander, scratch):
     """b2World::Step up to the velocity iterations: contacts from the poses as they are, forces, warm start."""
-    pose, velocity, terrain = state.pose[env], state.velocity[env], state.terrain[env]
-    joint_impulse, joint_limit, impulse = state.joint_impulse[env], state.joint_limit[env], state.contact_impulse[env]
-    rotation, rows, corners, faces = scratch.rotation, scratch.rows, scratch.corners, scratch.faces
+    pose, velocity, terrain = lander.pose, lander.velocity, lander.terrain
+    joint_impulse, joint_limit, impulse = lander.joint_impulse, lander.joint_limit, lander.contact_impulse
+    rotation, rows = scratch.rotation, scratch.rows
     start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
-    touched, feature, legs_down = state.touched[env], state.feature[env], state.legs_down[env]
-    crashed = state.crashed[env : env + 1]
     _rotate(pose, rotation)
     x = (pose[0, X] + rotation[0, 1] * CENTER[0]) / CHUNK_WIDTH
     ground = ZERO
@@ -2569,9 +2572,7 @@ def _lander_load(env, lane, force_x, force_y, torque, gravity, state, scratch):
         kind[row, POINTS] = 0
     if scratch.near[lane]:
         for turn in range(3):
-            b = SOLVE_ORDER[turn]
-            _update_contacts(b, pose, rotation, terrain, corners, faces, contact, kind, touched, feature, impulse,
-                             legs_down, crashed)  # fmt: skip
+            _update_contacts(SOLVE_ORDER[turn], lane, lander, scratch)
 
     for b in range(N_BODIES):
         start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
@@ -2625,13 +2626,12 @@ def _iterate(rows, solving):
             _contact_velocity(1, 1, LANES, rows)
 
 
-@inlined
-def _lander_unload(env, lane, state, scratch):
+@uncounted
+def _lander_unload(lane, lander, scratch):
     """The rest of b2World::Step: move, mend the positions, sleep, and what was hit on the way. True: asleep."""
-    pose, velocity, terrain, still = state.pose[env], state.velocity[env], state.terrain[env], state.still[env]
-    joint_impulse, joint_limit, impulse = state.joint_impulse[env], state.joint_limit[env], state.contact_impulse[env]
-    rotation, rows, corners, faces = scratch.rotation, scratch.rows, scratch.corners, scratch.faces
-    start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
+    pose, velocity, still, rows = lander.pose, lander.velocity, lander.still, scratch.rows
+    joint_impulse, joint_limit, impulse = lander.joint_impulse, lander.joint_limit, lander.contact_impulse
+    contact, kind = scratch.contact[lane], scratch.contact_kind[lane]
     for b in range(N_BODIES):
         for i in range(3):
             velocity[b, i] = rows[(VELOCITY + 3 * b + i) * LANES + lane]
@@ -2679,9 +2679,7 @@ def _lander_unload(env, lane, state, scratch):
         velocity[:] = ZERO
     elif scratch.near[lane]:
         for b in range(N_BODIES):
-            _solve_impacts(b, start, pose, velocity, rotation, terrain, corners, faces, contact, kind,
-                           state.touched[env], state.feature[env], impulse, state.legs_down[env],
-                           state.crashed[env : env + 1], scratch.impact_rows)  # fmt: skip
+            _solve_impacts(b, lane, lander, scratch)
     return asleep
 
 
@@ -2694,60 +2692,62 @@ def _smooth(heights, terrain):
         terrain[i] = 0.33 * (heights[i - 1 if i > 0 else CHUNKS + 1] + heights[i] + heights[i + 1])
 
 
-@inlined
+@uncounted
 def _lander_draw(env, params, state, scratch):
     """What is random at the start of an episode, in Gymnasium's order; `pose` gets that of the lander's origin."""
-    rng, pose = state.rng, state.pose
+    rng, lander = state.rng, state[env]
+    pose = lander.pose
     for i in range(CHUNKS + 2):
         scratch.heights[i] = _uniform(rng, env, 0.0, MOON_HEIGHT / 2)
-    _smooth(scratch.heights, state.terrain[env])
+    _smooth(scratch.heights, lander.terrain)
     x, y, angle = MOON_WIDTH / 2, MOON_HEIGHT, 0.0
     if params.randomize_spawn:
         x = _uniform(rng, env, 0.1 * MOON_WIDTH, 0.9 * MOON_WIDTH)
         y = _uniform(rng, env, 0.7 * MOON_HEIGHT, MOON_HEIGHT)
         angle = _uniform(rng, env, -0.25, 0.25)
-    pose[env, 0, X], pose[env, 0, Y], pose[env, 0, ANGLE] = x, y, angle
+    pose[0, X], pose[0, Y], pose[0, ANGLE] = x, y, angle
     for i in range(2):
-        state.push[env, i] = _uniform(rng, env, -LARGEST_PUSH, LARGEST_PUSH)
+        lander.push[i] = _uniform(rng, env, -LARGEST_PUSH, LARGEST_PUSH)
     if params.enable_wind:
         for i in range(2):
-            state.wind[env, i] = math.floor(_uniform(rng, env, -9999.0, 9999.0))
+            lander.wind[i] = math.floor(_uniform(rng, env, -9999.0, 9999.0))
 
 
-@inlined
+@uncounted
 def _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch):
     """Gymnasium's `step` up to the velocity iterations: wind and engines."""
-    pose, velocity, rng = state.pose, state.velocity, state.rng
+    rng, lander = state.rng, state[env]
+    pose, velocity = lander.pose, lander.velocity
     torque = 0.0
-    if params.enable_wind and not (state.legs_down[env, 0] or state.legs_down[env, 1]):
-        force_x = f32(force_x) + f32(params.wind_power * _gust(state.wind[env, 0]))
-        torque = params.turbulence_power * _gust(state.wind[env, 1])
-        state.wind[env, 0] += 1
-        state.wind[env, 1] += 1
+    if params.enable_wind and not (lander.grounded[1] or lander.grounded[2]):
+        force_x = f32(force_x) + f32(params.wind_power * _gust(lander.wind[0]))
+        torque = params.turbulence_power * _gust(lander.wind[1])
+        lander.wind[0] += 1
+        lander.wind[1] += 1
     dispersion0 = _uniform(rng, env, -1.0, 1.0) / PIXELS
     dispersion1 = _uniform(rng, env, -1.0, 1.0) / PIXELS
     main, lateral = min(max(main, -1.0), 1.0), min(max(lateral, -1.0), 1.0)
     main_power = 0.5 * (main + 1.0) if main > 0.0 else 0.0
     side_power = abs(lateral) if abs(lateral) > 0.5 else 0.0
     if main_power > 0.0 or side_power > 0.0:
-        angle = pose[env, 0, ANGLE]
+        angle = pose[0, ANGLE]
         tip_x, tip_y = math.sin(np.float64(angle)), math.cos(np.float64(angle))
-        x = np.float64(pose[env, 0, X] + math.sin(angle) * CENTER[0])
-        y = np.float64(pose[env, 0, Y] - math.cos(angle) * CENTER[0])
+        x = np.float64(pose[0, X] + math.sin(angle) * CENTER[0])
+        y = np.float64(pose[0, Y] - math.cos(angle) * CENTER[0])
     if main_power > 0.0:
         along = MAIN_ENGINE_DOWN + 2 * dispersion0
         ox, oy = tip_x * along - tip_y * dispersion1, -tip_y * along - tip_x * dispersion1
         power = MAIN_ENGINE_POWER
-        _thrust(-ox * power * main_power, -oy * power * main_power, x + ox, y + oy, pose[env], velocity[env])
+        _thrust(-ox * power * main_power, -oy * power * main_power, x + ox, y + oy, pose, velocity)
     if side_power > 0.0:
         along = 3 * dispersion1 + math.copysign(SIDE_ENGINE_AWAY, lateral)
         ox, oy = tip_x * dispersion0 - tip_y * along, -tip_y * dispersion0 - tip_x * along
         # 17 and SIDE_ENGINE_UP are not the same height: the torque depends on the angle, as it does in Gymnasium.
         px, py = x + ox - tip_x * 17 / PIXELS, y + oy + tip_y * SIDE_ENGINE_UP
         power = SIDE_ENGINE_POWER
-        _thrust(-ox * power * side_power, -oy * power * side_power, px, py, pose[env], velocity[env])
-    state.throttle[env, 0], state.throttle[env, 1] = main_power, math.copysign(side_power, lateral)
-    _lander_load(env, lane, force_x, force_y, torque, params.gravity, state, scratch)
+        _thrust(-ox * power * side_power, -oy * power * side_power, px, py, pose, velocity)
+    lander.throttle[0], lander.throttle[1] = main_power, math.copysign(side_power, lateral)
+    _lander_load(lane, force_x, force_y, torque, params.gravity, lander, scratch)
 
 
 @uncounted
@@ -2766,18 +2766,18 @@ def _thrust(impulse_x, impulse_y, x, y, pose, velocity):
     velocity[0, ANGLE] += INV_INERTIA[0] * (arm_x * impulse_y - arm_y * impulse_x)
 
 
-@inlined
-def _lander_view(env, state, view):
+@uncounted
+def _lander_view(lander, view):
     """The observation, before it is rounded to float32."""
-    x, y, angle = state.pose[env, 0, X], state.pose[env, 0, Y], state.pose[env, 0, ANGLE]
+    x, y, angle = lander.pose[0, X], lander.pose[0, Y], lander.pose[0, ANGLE]
     x, y = np.float64(x + math.sin(angle) * CENTER[0]), np.float64(y - math.cos(angle) * CENTER[0])
     view[0] = (x - MOON_WIDTH / 2) / (MOON_WIDTH / 2)
     view[1] = (y - (PAD_HEIGHT + LEG_DOWN)) / (MOON_HEIGHT / 2)
-    view[2] = np.float64(state.velocity[env, 0, X]) * (MOON_WIDTH / 2) / LANDER_FPS
-    view[3] = np.float64(state.velocity[env, 0, Y]) * (MOON_HEIGHT / 2) / LANDER_FPS
+    view[2] = np.float64(lander.velocity[0, X]) * (MOON_WIDTH / 2) / LANDER_FPS
+    view[3] = np.float64(lander.velocity[0, Y]) * (MOON_HEIGHT / 2) / LANDER_FPS
     view[4] = np.float64(angle)
-    view[5] = 20.0 * np.float64(state.velocity[env, 0, ANGLE]) / LANDER_FPS
-    view[6], view[7] = np.float64(state.legs_down[env, 0]), np.float64(state.legs_down[env, 1])
+    view[5] = 20.0 * np.float64(lander.velocity[0, ANGLE]) / LANDER_FPS
+    view[6], view[7] = np.float64(lander.grounded[1]), np.float64(lander.grounded[2])
 
 
 @uncounted
@@ -2791,10 +2791,10 @@ def _shaping(view):
     )
 
 
-@inlined
-def _lander_begin(env, params, state, scratch):
+@uncounted
+def _lander_begin(lander):
     """Put the bodies at rest in their places, legs beside the lander: in the first step the joints pull them in."""
-    pose = state.pose[env]
+    pose = lander.pose
     x, y, angle = np.float64(pose[0, X]), np.float64(pose[0, Y]), np.float64(pose[0, ANGLE])
     cos, sin = math.cos(angle), math.sin(angle)
     pose[0, X], pose[0, Y] = x - sin * np.float64(CENTER[0]), y + cos * np.float64(CENTER[0])
@@ -2802,18 +2802,17 @@ def _lander_begin(env, params, state, scratch):
         side = np.float64(LEG_SIGN[k])
         pose[1 + k, X], pose[1 + k, Y] = x - cos * side * LEG_AWAY, y - sin * side * LEG_AWAY
         pose[1 + k, ANGLE] = angle + side * LEG_TILT
-    state.velocity[env] = ZERO
-    state.joint_impulse[env] = ZERO
-    state.joint_limit[env] = 0
-    state.touched[env] = -1
-    state.feature[env] = -1
-    state.contact_impulse[env] = ZERO
-    state.legs_down[env] = False
-    state.crashed[env] = False
-    state.still[env] = ZERO
-    state.shaping[env] = 0.0
-    state.elapsed[env] = 0
-    state.totals[env] = 0.0
+    lander.velocity[:] = ZERO
+    lander.joint_impulse[:] = ZERO
+    lander.joint_limit[:] = 0
+    lander.touched[:] = -1
+    lander.feature[:] = -1
+    lander.contact_impulse[:] = ZERO
+    lander.grounded[:] = False
+    lander.still[:] = ZERO
+    lander.shaping = 0.0
+    lander.elapsed = 0
+    lander.totals[:] = 0.0
 
 
 @uncounted
@@ -2832,26 +2831,26 @@ def _sparse_reward(view, asleep):
 
 @uncounted
 def _lander_draw_all(params, state, scratch):
-    for env in range(state.pose.shape[0]):
-        _lander_draw(env, params, state, scratch)
+    for env in range(len(state)):
+        _lander_draw(env, params, state, scratch[0])
 
 
 @uncounted
-def _lander_step(actions, begin, params, state, scratch, outputs):
+def _lander_step(actions, begin, params, state, queue, scratch, outputs):
     """One step of every environment, or with `begin` only Gymnasium's first one, that belongs to the reset.
 
     The velocity iterations cost the most, so LANES environments go through them together; those that touch the ground
     come last, so that few lanes see to contacts. When an episode has ended, its environment goes through once more, for
     the first step of the next, beside those that still wait.
     """
-    num_envs, sight, queue = actions.shape[0], scratch.sight, scratch.queue
-    lane_env, fresh, touched = scratch.lane_env, scratch.fresh, state.touched
+    num_envs, scratch = len(state), scratch[0]
+    lane_env, fresh, sight = scratch.lane_env, scratch.fresh, scratch.sight
     waiting = used = 0
     for on_ground in (False, True):
         for env in range(num_envs):
-            touching = False
+            touched, touching = state[env].touched, False
             for b in range(N_BODIES):
-                touching |= touched[env, b, 0] >= 0 or touched[env, b, 1] >= 0
+                touching |= touched[b, 0] >= 0 or touched[b, 1] >= 0
             if touching == on_ground:
                 queue[waiting] = env
                 waiting += 1
@@ -2865,8 +2864,8 @@ def _lander_step(actions, begin, params, state, scratch, outputs):
             env = lane_env[lane]
             main = lateral = force_x = force_y = 0.0
             if fresh[lane]:
-                _lander_begin(env, params, state, scratch)
-                force_x, force_y = state.push[env, 0], state.push[env, 1]
+                _lander_begin(state[env])
+                force_x, force_y = state[env].push[0], state[env].push[1]
             else:
                 main, lateral = np.float64(actions[env, 0]), np.float64(actions[env, 1])
             _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch)
@@ -2874,24 +2873,26 @@ def _lander_step(actions, begin, params, state, scratch, outputs):
         unloading, used = used, 0
         for lane in range(unloading):
             env = lane_env[lane]
-            asleep = _lander_unload(env, lane, state, scratch)
-            _lander_view(env, state, sight)
+            lander = state[env]
+            asleep = _lander_unload(lane, lander, scratch)
+            _lander_view(lander, sight)
             shaping = _shaping(sight)
             ended = False
             if not fresh[lane]:
-                powers = state.throttle[env]
-                reward = shaping - state.shaping[env] - 0.3 * powers[0] - 0.03 * abs(powers[1])
-                failed = state.crashed[env] or abs(sight[0]) >= 1.0
+                powers = lander.throttle
+                reward = shaping - lander.shaping - 0.3 * powers[0] - 0.03 * abs(powers[1])
+                crashed = lander.grounded[LANDER] != 0
+                failed = crashed or abs(sight[0]) >= 1.0
                 if asleep:
                     reward = 100.0
                 elif failed:
                     reward = -100.0
-                state.elapsed[env] += 1
-                ended = asleep or failed or state.elapsed[env] >= params.max_steps
+                lander.elapsed += 1
+                ended = asleep or failed or lander.elapsed >= params.max_steps
                 if params.sparse_reward:
                     reward = _sparse_reward(sight, asleep) if ended else 0.0
-                state.totals[env, 0] += reward
-                state.totals[env, 1] += 1.0
+                lander.totals[0] += reward
+                lander.totals[1] += 1.0
                 outputs.rewards[env] = reward
                 outputs.terminations[env] = asleep or failed
                 outputs.truncations[env] = ended and not (asleep or failed)
@@ -2900,11 +2901,11 @@ def _lander_step(actions, begin, params, state, scratch, outputs):
                         outputs.final_observations[env, i] = sight[i]
                     speed, stats = math.hypot(sight[2], sight[3]), outputs.stats
                     success = sight[6] + sight[7] == 2.0 and speed < 0.1 and abs(sight[0]) < 0.2
-                    stats[env, 0], stats[env, 1] = state.totals[env, 0], state.totals[env, 1]
-                    stats[env, 2], stats[env, 3], stats[env, 4] = success, asleep, state.crashed[env]
+                    stats[env, 0], stats[env, 1] = lander.totals[0], lander.totals[1]
+                    stats[env, 2], stats[env, 3], stats[env, 4] = success, asleep, crashed
                     stats[env, 5], stats[env, 6] = speed, sight[0]
                     _lander_draw(env, params, state, scratch)
-            state.shaping[env] = shaping
+            lander.shaping = shaping
             for i in range(8):
                 outputs.observations[env, i] = sight[i]
             if ended:
@@ -2914,10 +2915,11 @@ def _lander_step(actions, begin, params, state, scratch, outputs):
 
 @uncounted
 def _lander_observe(state, scratch, outputs):
-    for env in range(state.pose.shape[0]):
-        _lander_view(env, state, scratch.sight)
+    sight = scratch[0].sight
+    for env in range(len(state)):
+        _lander_view(state[env], sight)
         for i in range(8):
-            outputs.observations[env, i] = scratch.sight[i]
+            outputs.observations[env, i] = sight[i]
 
 
 class LunarLander(NativeVectorEnv):
@@ -3003,47 +3005,15 @@ class LunarLander(NativeVectorEnv):
             "position": (num_envs, 2),
             "angle": (num_envs,),
         }
-        self.state = LanderState(
-            terrain=np.zeros((num_envs, CHUNKS + 1), f32),
-            pose=np.zeros((num_envs, 3, 3), f32),
-            velocity=np.zeros((num_envs, 3, 3), f32),
-            joint_impulse=np.zeros((num_envs, 2, 4), f32),
-            joint_limit=np.zeros((num_envs, 2), np.int64),
-            touched=np.full((num_envs, 3, 2), -1),
-            feature=np.full((num_envs, 3, 2, 2), -1),
-            contact_impulse=np.zeros((num_envs, 3, 2, 2, 2), f32),
-            legs_down=np.zeros((num_envs, 2), bool),
-            crashed=np.zeros(num_envs, bool),
-            still=np.zeros((num_envs, 3), f32),
-            push=np.zeros((num_envs, 2)),
-            wind=np.zeros((num_envs, 2), np.int64),
-            throttle=np.zeros((num_envs, 2)),
-            shaping=np.zeros(num_envs),
-            elapsed=np.zeros(num_envs, np.int64),
-            totals=np.zeros((num_envs, 2)),
-            rng=np.zeros((num_envs, 2), np.int64),
-        )
-        self.scratch = LanderScratch(
-            queue=np.zeros(num_envs, np.int64),
-            lane_env=np.zeros(LANES, np.int64),
-            fresh=np.zeros(LANES, bool),
-            near=np.zeros(LANES, bool),
-            solving=np.zeros(6, np.int64),
-            rows=np.zeros(ROWS * LANES, f32),
-            start=np.zeros((LANES, 3, 3), f32),
-            contact=np.zeros((LANES, 6, 8), f32),
-            contact_kind=np.zeros((LANES, 6, 5), np.int64),
-            rotation=np.zeros((3, 2), f32),
-            corners=np.zeros((6, 2), f32),
-            faces=np.zeros((6, 2), f32),
-            impact_rows=np.zeros(ROWS * LANES, f32),
-            heights=np.zeros(CHUNKS + 2),
-            sight=np.zeros(8),
-        )
+        self.landers = np.zeros(num_envs, LANDER_STATE)
+        self.state = LanderState(*(self.landers[name] for name in LANDER_STATE.names))
+        self.state.touched[...] = self.state.feature[...] = -1
+        self.queue = np.zeros(num_envs, np.int64)  # the order in which environments go into lanes
+        self.scratch = np.zeros(1, LANDER_SCRATCH)
 
     def restart(self, start):
         state = self.state
-        _lander_draw_all(self.params, state, self.scratch)
+        _lander_draw_all(self.params, self.landers, self.scratch)
         for env, heights in enumerate(start.get("terrain", ())):
             _smooth(heights.copy(), state.terrain[env])
         if "position" in start:
@@ -3053,14 +3023,15 @@ class LunarLander(NativeVectorEnv):
         if "push" in start:
             state.push[...] = start["push"]
         nothing, outputs = np.zeros((self.num_envs, 2), np.float32), LanderOutputs(**self.buffers)
-        _lander_step(nothing, True, self.params, state, self.scratch, outputs)
+        _lander_step(nothing, True, self.params, self.landers, self.queue, self.scratch, outputs)
 
     def observe(self):
-        _lander_observe(self.state, self.scratch, LanderOutputs(**self.buffers))
+        _lander_observe(self.landers, self.scratch, LanderOutputs(**self.buffers))
 
     def advance(self, actions):
         throttles = actions if self.continuous else THROTTLES[actions]
-        _lander_step(throttles, False, self.params, self.state, self.scratch, LanderOutputs(**self.buffers))
+        outputs = LanderOutputs(**self.buffers)
+        _lander_step(throttles, False, self.params, self.landers, self.queue, self.scratch, outputs)
 
     def draw(self, env, width=600):
         """What Gymnasium draws: ground, flags, lander and legs; and a flame where an engine fires. 3:2, in pixels."""

@@ -1,10 +1,13 @@
 """What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, 40 minutes on 2 cores:
 
-    python benchmarks/lidar_learning.py                     both scripts, the goal always shown
-    python benchmarks/lidar_learning.py --visible 10        ... for 10 observations after it was set, then hidden
+    python benchmarks/lidar_learning.py                            both scripts, the goal always shown
+    python benchmarks/lidar_learning.py --visible 60 40 25 15      then with a goal that hides, 50 minutes more
 
-The second one trains the models of the first one for 4 M steps more, with the goal hidden from then on: to one that
-cannot drive yet, remembering the goal is worth nothing.
+The second one goes on from the models of the first one, in stages: each trains the model of the stage before for 2 M
+steps, with the goal in fewer observations (first 60, that is 3 s, then 40, ...) and hidden after them. At once, neither
+script learns anything from 15: to one that cannot drive yet, remembering is worth nothing, and to one that forgets, a
+hidden goal is lost for the rest of the episode. For that reason the episodes of these stages are of 10 s, and a stage
+starts with the standard deviation of an untrained policy again.
 
 Trains with seeds 1, 2 and 3, two runs side by side with one torch thread each, and prints what the best policy of each
 run does in 100 held-out episodes, mean and standard deviation over seeds, beside the baselines. Minutes are wall time
@@ -22,6 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,27 +48,39 @@ class Options:
     folder: Path = Path("runs/lidar_learning")  # where the runs go
     seeds: tuple[int, ...] = (1, 2, 3)
     scripts: tuple[str, ...] = ("ppo_swarm", "ppo_swarm_lstm")
-    visible: int | None = None  # goal_visible_steps
+    visible: tuple[int, ...] = ()  # goal_visible_steps of one stage after another
+    stage_timesteps: int = 2_000_000  # agent-steps of a stage
 
 
-def train(options, script, seed, visible):
-    """The folder of the finished run; `minutes` in it holds its wall time."""
-    cwd = options.folder / f"{script}-{visible}-{seed}"
-    if visible is not None:
-        model = next(train(options, script, seed, None).glob("runs/*/model.pt")).resolve()
-    if not (cwd / "minutes").exists():
-        shutil.rmtree(cwd, ignore_errors=True)  # half a run: its wall time is lost
-        cwd.mkdir(parents=True)
-        start = time.time()
-        with open(cwd / "log", "w") as log:
-            command = [sys.executable, sys.path[0] + f"/{script}.py", "--seed", str(seed), *FLAGS[script].split()]
-            if visible is not None:
-                command += ["--env-kwargs", "goal_visible_steps", str(visible), "--init-from", str(model)]
-                command += ["--total-timesteps", "4000000"]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, cwd=cwd, env=environment, stdout=log, stderr=log, check=True)
-        (cwd / "minutes").write_text(str((time.time() - start) / 60))
-    return cwd
+def train(options, script, seed):
+    """The folders of the finished runs: the goal always shown, then a stage each; `minutes` in them holds wall time."""
+    folders = []
+    for stage in range(len(options.visible) + 1):
+        visible = options.visible[:stage]
+        cwd = options.folder / "-".join([script, str(seed), *map(str, visible)])
+        if not (cwd / "minutes").exists():
+            shutil.rmtree(cwd, ignore_errors=True)  # half a run: its wall time is lost
+            cwd.mkdir(parents=True)
+            flags = ["--seed", str(seed), *FLAGS[script].split()]
+            if visible:
+                last = envs.load(next(folders[-1].glob("runs/*/model.pt")))
+                last["model"]["actor_logstd"].fill_(last["args"]["init_logstd"])
+                torch.save(last, cwd / "start.pt")
+                flags += ["--init-from", "start.pt", "--total-timesteps", str(options.stage_timesteps)]
+                flags += ["--env-kwargs", *(str(part) for item in hidden(visible[-1]).items() for part in item)]
+            start = time.time()
+            with open(cwd / "log", "w") as log:
+                command = [sys.executable, sys.path[0] + f"/{script}.py", *flags]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                subprocess.run(command, cwd=cwd, env=environment, stdout=log, stderr=log, check=True)
+            (cwd / "minutes").write_text(str((time.time() - start) / 60))
+        folders.append(cwd)
+    return folders
+
+
+def hidden(visible):
+    """The environment's arguments with a goal that hides. Episodes of 10 s: one that is lost ends sooner."""
+    return {"goal_visible_steps": visible, "max_steps": 200, "collision_weight": 0.3}
 
 
 def judge(script, cwd, **env_kwargs):
@@ -83,30 +99,31 @@ def evaluated(make_policy, **env_kwargs):
 
 
 def main(options):
-    env_kwargs = {} if options.visible is None else {"goal_visible_steps": options.visible}
     with ThreadPoolExecutor(2) as pool:
         runs = {
-            (script, seed): pool.submit(train, options, script, seed, options.visible)
+            (script, seed): pool.submit(train, options, script, seed)
             for script, seed in product(options.scripts, options.seeds)
         }
-    shown = "always" if options.visible is None else f"for {options.visible} observations"
-    print(f"\n100 held-out episodes, the goal shown {shown}; mean +- std over seeds {options.seeds}\n")
     for script in options.scripts:
         print(f"    python {script}.py --seed S {FLAGS[script]}")
-    print(f"\n| policy | {' | '.join(METRICS.values())} | minutes |")
-    print("|---" * (len(METRICS) + 2) + "|")
-    for script in options.scripts:
-        folders = [runs[script, seed].result() for seed in options.seeds]
-        scores = [judge(script, cwd, **env_kwargs) for cwd in folders]
-        columns = [
-            f"{np.mean([score[name] for score in scores]):.3f} +- {np.std([score[name] for score in scores]):.3f}"
-            for name in METRICS
-        ]
-        minutes = np.mean([float((cwd / "minutes").read_text()) for cwd in folders])
-        print(f"| {script}.py | {' | '.join(columns)} | {minutes:.1f} |", flush=True)
-    for name, (make_policy, _) in envs.baselines("LidarNavigation").items():
-        score = evaluated(make_policy, **env_kwargs)
-        print(f"| {name} | {' | '.join(f'{score[metric]:.3f}' for metric in METRICS)} | |", flush=True)
+    for stage in range(len(options.visible) + 1):
+        env_kwargs = hidden(options.visible[stage - 1]) if stage else {}
+        shown = f"for {options.visible[stage - 1]} observations, episodes of 10 s" if stage else "always"
+        print(f"\n100 held-out episodes, the goal shown {shown}; mean +- std over seeds {options.seeds}\n")
+        print(f"| policy | {' | '.join(METRICS.values())} | minutes |")
+        print("|---" * (len(METRICS) + 2) + "|")
+        for script in options.scripts:
+            folders = [runs[script, seed].result()[stage] for seed in options.seeds]
+            scores = [judge(script, cwd, **env_kwargs) for cwd in folders]
+            columns = [
+                f"{np.mean([score[name] for score in scores]):.3f} +- {np.std([score[name] for score in scores]):.3f}"
+                for name in METRICS
+            ]
+            minutes = np.mean([float((cwd / "minutes").read_text()) for cwd in folders])
+            print(f"| {script}.py | {' | '.join(columns)} | {minutes:.1f} |", flush=True)
+        for name, (make_policy, _) in envs.baselines("LidarNavigation").items():
+            score = evaluated(make_policy, **env_kwargs)
+            print(f"| {name} | {' | '.join(f'{score[metric]:.3f}' for metric in METRICS)} | |", flush=True)
 
 
 if __name__ == "__main__":
