@@ -1,13 +1,13 @@
 """What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, 40 minutes on 2 cores:
 
-    python benchmarks/lidar_learning.py                            both scripts, the goal always shown
-    python benchmarks/lidar_learning.py --visible 60 40 25 15      then with a goal that hides, 50 minutes more
+    python benchmarks/lidar_learning.py                     both scripts, the goal always shown
+    python benchmarks/lidar_learning.py --hide              both scripts, with a goal that hides, 25 minutes
 
-The second one goes on from the models of the first one, in stages: each trains the model of the stage before for 2 M
-steps, with the goal in fewer observations (first 60, that is 3 s, then 40, ...) and hidden after them. At once, neither
-script learns anything from 15: to one that cannot drive yet, remembering is worth nothing, and to one that forgets, a
-hidden goal is lost for the rest of the episode. For that reason the episodes of these stages are of 10 s, and a stage
-starts with the standard deviation of an untrained policy again.
+The second one trains in stages, each of which goes on from the model of the one before, with the standard deviation of
+an untrained policy: first the goal is always shown, then in the first 60 observations (3 s) after it was set, in 40 and
+in 25, and hidden after them. At once, neither script learns anything from 25: to one that cannot drive yet, remembering
+is worth nothing, and to one that forgets, a hidden goal is lost for the rest of the episode. Therefore, too, episodes
+are of 10 s; the arena is without obstacles. The LSTM is shared with the critic, whose loss tells it what to remember.
 
 Trains with seeds 1, 2 and 3, two runs side by side with one torch thread each, and prints what the best policy of each
 run does in 100 held-out episodes, mean and standard deviation over seeds, beside the baselines. Minutes are wall time
@@ -38,6 +38,7 @@ FLAGS = {
     "--learning-rate 7e-4 --total-timesteps 12000000 --eval-every 1000000",
     "ppo_swarm_lstm": "",
 }
+HIDE_FLAGS = {"ppo_swarm": "", "ppo_swarm_lstm": "--share-lstm"}
 SCRIPTS = {"ppo_swarm": ppo_swarm, "ppo_swarm_lstm": ppo_swarm_lstm}
 METRICS = {"r": "return", "goals": "goals per robot", "collisions_per_goal": "collisions per goal",
            "path_efficiency": "path efficiency", "contact": "share of steps in contact"}  # fmt: skip
@@ -48,26 +49,26 @@ class Options:
     folder: Path = Path("runs/lidar_learning")  # where the runs go
     seeds: tuple[int, ...] = (1, 2, 3)
     scripts: tuple[str, ...] = ("ppo_swarm", "ppo_swarm_lstm")
-    visible: tuple[int, ...] = ()  # goal_visible_steps of one stage after another
-    stage_timesteps: int = 2_000_000  # agent-steps of a stage
+    hide: bool = False  # train the stages in which the goal hides, instead
 
 
 def train(options, script, seed):
-    """The folders of the finished runs: the goal always shown, then a stage each; `minutes` in them holds wall time."""
+    """The folder of the finished run, or with `hide` that of each stage; `minutes` in it holds its wall time."""
     folders = []
-    for stage in range(len(options.visible) + 1):
-        visible = options.visible[:stage]
-        cwd = options.folder / "-".join([script, str(seed), *map(str, visible)])
+    for stage, env_kwargs in enumerate(stages(options)):
+        cwd = options.folder / "-".join([script, str(seed), *map(str, env_kwargs.values())])
         if not (cwd / "minutes").exists():
             shutil.rmtree(cwd, ignore_errors=True)  # half a run: its wall time is lost
             cwd.mkdir(parents=True)
             flags = ["--seed", str(seed), *FLAGS[script].split()]
-            if visible:
+            if options.hide:
+                flags += [*HIDE_FLAGS[script].split(), "--total-timesteps", "4000000" if stage == 0 else "2000000"]
+                flags += ["--env-kwargs", *(str(part) for item in env_kwargs.items() for part in item)]
+            if stage > 0:
                 last = envs.load(next(folders[-1].glob("runs/*/model.pt")))
                 last["model"]["actor_logstd"].fill_(last["args"]["init_logstd"])
                 torch.save(last, cwd / "start.pt")
-                flags += ["--init-from", "start.pt", "--total-timesteps", str(options.stage_timesteps)]
-                flags += ["--env-kwargs", *(str(part) for item in hidden(visible[-1]).items() for part in item)]
+                flags += ["--init-from", "start.pt"]
             start = time.time()
             with open(cwd / "log", "w") as log:
                 command = [sys.executable, sys.path[0] + f"/{script}.py", *flags]
@@ -78,9 +79,14 @@ def train(options, script, seed):
     return folders
 
 
-def hidden(visible):
-    """The environment's arguments with a goal that hides. Episodes of 10 s: one that is lost ends sooner."""
-    return {"goal_visible_steps": visible, "max_steps": 200, "collision_weight": 0.3}
+def stages(options):
+    """The environment's arguments in one stage after another."""
+    if not options.hide:
+        return [{}]
+    return [
+        {"goal_visible_steps": visible, "max_steps": 200, "n_obstacles": 0, "collision_weight": 0.3}
+        for visible in (200, 60, 40, 25)
+    ]
 
 
 def judge(script, cwd, **env_kwargs):
@@ -105,11 +111,9 @@ def main(options):
             for script, seed in product(options.scripts, options.seeds)
         }
     for script in options.scripts:
-        print(f"    python {script}.py --seed S {FLAGS[script]}")
-    for stage in range(len(options.visible) + 1):
-        env_kwargs = hidden(options.visible[stage - 1]) if stage else {}
-        shown = f"for {options.visible[stage - 1]} observations, episodes of 10 s" if stage else "always"
-        print(f"\n100 held-out episodes, the goal shown {shown}; mean +- std over seeds {options.seeds}\n")
+        print(f"    python {script}.py --seed S {FLAGS[script]} {HIDE_FLAGS[script] if options.hide else ''}")
+    for stage, env_kwargs in enumerate(stages(options)):
+        print(f"\n100 held-out episodes, {env_kwargs or 'default arguments'}; mean +- std over seeds {options.seeds}\n")
         print(f"| policy | {' | '.join(METRICS.values())} | minutes |")
         print("|---" * (len(METRICS) + 2) + "|")
         for script in options.scripts:
