@@ -1,4 +1,4 @@
-"""PPO whose actors never wait for the learner, on any Gymnasium environment.
+"""PPO whose actors and learner work at the same time, on any Gymnasium environment with vector observations.
 
     python async_ppo.py                         train on CartPole-v1
         --env-id LunarLander --eval-env-id LunarLander-v3       train on the fast lander, judged by Gymnasium's own
@@ -65,7 +65,7 @@ class Args:
     torch_deterministic: bool = True  # use only deterministic torch operations
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "cleanswarm"  # the project there
+    wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
     capture_video: bool = False  # also record a video at the start and at every new best
     evaluate: str | None = None  # do not train, only compare this saved model with the baselines
     init_from: str | None = None  # start from the weights of this saved model, of the same network
@@ -77,11 +77,11 @@ class Args:
     # further arguments of the environment, as in: --env-kwargs gravity -9 enable_wind True
     env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
     eval_env_id: str | None = None  # the environment that policies are evaluated in, None is the one they train in
-    # and its further arguments
+    # further arguments of eval_env_id, as in: --eval-env-kwargs gravity -9
     eval_env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
     num_envs: int = 32  # environments of all actors together, in each process of a torchrun
     num_actors: int = 2  # processes that step them while the learner learns; 0 is the synchronous algorithm
-    num_workers: int | None = None  # with 0 actors, processes to step them in; 0 is this one, None picks
+    num_workers: int | None = None  # processes to step them in with 0 actors; 0 is this one, None picks
     max_lag: int = 4  # updates by which a fragment's policy may be behind; with 0 the actors wait for every update
 
     hidden_dim: int = 64  # width of the layers
@@ -91,7 +91,7 @@ class Args:
     learning_rate: float = 1e-3  # the step size of Adam
     num_steps: int = 32  # steps of each environment in a fragment
     anneal_lr: bool = True  # lower the learning rate linearly to 0
-    reward_scale: float = 1.0  # rewards are multiplied by this: a critic fits returns of hundreds late
+    reward_scale: float = 1.0  # rewards are multiplied by this: critics learn returns of hundreds slowly
     gamma: float = 0.98  # discount
     gae_lambda: float = 0.9  # lambda of generalised advantage estimation
     vtrace: bool = False  # correct the returns by V-trace
@@ -204,8 +204,8 @@ class Categorical:
         return self.logprobs.argmax(-1)
 
     def sample(self, generator=None):
-        """The action whose exponential clock, of rate probability, rings first."""
-        noise = torch.empty(self.logprobs.shape).exponential_(generator=generator)  # the CPU's on every device
+        """Draw actions: the argmax of p / E, with E exponentially distributed, is distributed as p (Gumbel's trick)."""
+        noise = torch.empty(self.logprobs.shape).exponential_(generator=generator)  # on the CPU, with any device
         return (self.logprobs - noise.log().to(self.logprobs.device)).argmax(-1)
 
     def squash(self, actions):
@@ -234,7 +234,7 @@ class SquashedNormal:
         return self.mean
 
     def sample(self, generator=None):
-        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)  # the CPU's on every device
+        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)  # on the CPU, with any device
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
@@ -298,12 +298,13 @@ def to_tensor(observations, device):
 
 
 def compute_gae(rewards, values, last_value, final_values, dones, rhos, gamma, gae_lambda):
-    """Advantages and returns, the targets of the values: both (num_steps, num_envs, heads), as are all but last_value.
+    """Advantages and returns, the targets of the values: both (num_steps, num_envs, heads), as are the
+    rewards, values, final_values and dones; last_value is (num_envs, heads), rhos are (num_steps, num_envs, 1).
 
     Where dones is 1 an episode ended: the value of what came next is then not that of the next step, which belongs to
     another episode, but final_values: V(final_obs) if a time limit cut the episode off, 0 if it terminated. rhos are
-    the probability ratios of the new policy to the one that acted, cut at 1: V-trace's rho and, times lambda, its c
-    (remark 3). Where they are 1, as without a lag, this is GAE. gamma is (heads,).
+    the probability ratios of the policy before the update to the one that acted, cut at 1: V-trace's rho and, times
+    lambda, its c (arXiv 1802.01561, section 4.1). Where they are 1, as without a lag, this is GAE. gamma is (heads,).
     """
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     correction, next_value = 0, last_value  # correction: by how much the return of the next step differs from its value
@@ -335,7 +336,7 @@ def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
 
 
 def approx_kl(logratio):
-    """The KL divergence of the new policy from the old one that acted: http://joschu.net/blog/kl-approx.html."""
+    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
     return (logratio.exp() - 1 - logratio).mean()
 
 
@@ -413,10 +414,8 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
                 mine.copy_(weights[current % 2])
             observations = collect(agent, envs, observations, generator, fragments[slot])
             channel.send((slot, current))
-    except (EOFError, ConnectionError):  # the learner is gone
-        pass
-    except BaseException:
-        with contextlib.suppress(ConnectionError):  # another actor was first, and the learner is on its way out
+    except BaseException:  # an EOFError, too: the learner has closed its end of the pipe
+        with contextlib.suppress(ConnectionError):  # nobody is left to hear of it
             channel.send(traceback.format_exc())
 
 
@@ -455,7 +454,7 @@ class Actors:
 
     def publish(self, weights, version):
         self.weights[version % 2] = weights
-        self.version[0] = version
+        self.version[0] = version  # if seen before the weights, as ARM may, only the lag is counted wrong
 
     def take(self, count):
         """(actor, fragment, lag) of the `count` that came first; they stay as they are until `release`."""
@@ -527,8 +526,10 @@ if __name__ == "__main__":
         defaults = load(args.evaluate)["args"]
         default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
-        if args.env_id == defaults["env_id"]:
-            args.env_kwargs = defaults["env_kwargs"] | args.env_kwargs
+        if (args.env_id, args.env_kwargs) != (defaults["env_id"], {}):
+            given = f"env_id is {args.env_id!r}, env_kwargs is {args.env_kwargs}"
+            raise ValueError(f"{given}: with evaluate they must be left out; eval_env_id and eval_env_kwargs choose")
+        args.env_kwargs = defaults["env_kwargs"]
         if args.eval_env_id == defaults["eval_env_id"]:
             args.eval_env_kwargs = defaults["eval_env_kwargs"] | args.eval_env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -596,6 +597,8 @@ if __name__ == "__main__":
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(mine["rng"])
         novelty_sums[...] = mine["novelty_sums"]
+        if args.num_actors and rank == 0 and (run_dir / "model.pt").exists():
+            best_score = max(best_score, load(run_dir / "model.pt")["score"])  # later than the checkpoint
     global_step = first_step = iteration * steps_per_iteration
     if args.num_actors:
         torch.set_num_threads(max(1, torch.get_num_threads() - args.num_actors))
@@ -620,7 +623,7 @@ if __name__ == "__main__":
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
             record(agent.make_policy, args.eval_env_id, VALIDATION_SEED, run_dir / "0.mp4", **args.eval_env_kwargs)
-    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
+    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
@@ -660,7 +663,7 @@ if __name__ == "__main__":
         if args.rnd_coef:
             novelty = intrinsic_rewards(agent, next_obs, novelty_sums, owners, args.rnd_gamma, world_size)
             b_next_obs, rewards = next_obs.flatten(0, 1), torch.cat([rewards, novelty.unsqueeze(-1)], dim=-1)
-            dones = torch.cat([dones, torch.zeros_like(dones)], dim=-1)  # curiosity knows no episodes
+            dones = torch.cat([dones, torch.zeros_like(dones)], dim=-1)  # as in the paper, across episodes
         cut_off = truncations & ~terminations
         final_values, rhos = torch.zeros_like(rewards), torch.ones_like(rewards[..., :1])
         with torch.no_grad():
@@ -770,7 +773,7 @@ if __name__ == "__main__":
             for name, value in stats.items():
                 writer.add_scalar(f"eval/{name}", value.mean(), global_step)
             score, best = float(stats["r"].mean()), ""
-            content = {"args": asdict(args), "model": agent.state_dict()}
+            content = {"args": asdict(args), "model": agent.state_dict(), "score": score}
             if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
                 if args.capture_video:

@@ -1247,7 +1247,7 @@ class LidarNavigation(NativeVectorEnv):
     n_obstacles, 3: x, y, radius)})` gives any part of the start; the episodes after it start at random again. A robot
     given a place that something else occupies is pushed clear by the first step.
 
-    The arena, lidar, robots, rate and goals are those published (seed 001), 100 pixels to the metre.
+    The arena, lidar, robots, rate and goals are those published, 100 pixels to the metre.
     """
 
     metadata = NativeVectorEnv.metadata | {"render_fps": round(1.0 / DT)}
@@ -1773,10 +1773,16 @@ HULL = np.array([(17, -10), (17, 0), (14, 17), (-14, 17), (-17, 0), (-17, -10)])
 LEG = np.array([(-2, -8), (2, -8), (2, 8), (-2, 8)]) / PIXELS
 N_CORNERS = np.array([6, 4, 4])
 CORNERS = np.array([HULL, np.pad(LEG, ((0, 2), (0, 0))), np.pad(LEG, ((0, 2), (0, 0)))], f32)  # (3, 6, 2) [m]
-FACES = np.zeros((3, 6, 2), f32)  # outward normals; face i goes from corner i to the next
-for body, n in enumerate(N_CORNERS):
-    along = np.roll(CORNERS[body, :n], -1, axis=0) - CORNERS[body, :n]
-    FACES[body, :n] = along[:, ::-1] * f32([1, -1]) * (ONE / np.sqrt((along**2).sum(axis=1, keepdims=True)))
+
+
+def _outward_normals(corners):  # (n, 2)
+    along = np.roll(corners, -1, axis=0) - corners
+    normals = along[:, ::-1] * f32([1, -1]) * (ONE / np.sqrt((along**2).sum(axis=1, keepdims=True)))
+    return np.pad(normals, ((0, 6 - len(corners)), (0, 0)))
+
+
+# (3, 6, 2), of face i, which goes from corner i to the next
+FACES = np.stack([_outward_normals(corners[:n]) for corners, n in zip(CORNERS, N_CORNERS, strict=True)])
 MASS = np.array([4.8166666, 0.07111112, 0.07111112], f32)  # as Box2D has it from these outlines [kg]
 INERTIA = np.array([0.7838807, 0.0017909470, 0.0017909470], f32)  # about the centre of mass [kg m^2]
 CENTER = np.array([0.10130719, 0.0, 0.0], f32)  # height of the centre of mass above the body's origin [m]
@@ -1821,7 +1827,7 @@ ON_EDGE, ON_BODY = range(2)  # kinds: whose face the contact lies on
 
 class LanderParams(NamedTuple):
     gravity: float  # [m / s^2]
-    wind_power: float  # largest force [N]; 0 without wind
+    wind_power: float  # largest force [N], with enable_wind
     turbulence_power: float  # largest torque [N m]
     enable_wind: bool
     randomize_spawn: bool
@@ -3144,7 +3150,7 @@ def planning_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0
     """Drive where the way is longest for the detour, as seen by the lidar; a hidden goal is kept by dead reckoning.
 
     Each ray is a way to go, as long as a corridor of half-width `width` along it is free, at most `ahead` or the
-    distance to the goal [m]; `patience` is the share of that length which a detour of one radian costs. `gain` turns
+    distance to the goal [m]; `patience` is the share of that length which a detour of half a turn costs. `gain` turns
     a bearing [rad] into motor commands, and the robot slows down with less than `brake` free ahead [m].
     """
     bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
@@ -3284,13 +3290,13 @@ def write_video(videos, path, fps=25, **options):
     `options` go to moviepy, as in codec="gif".
     """
     import pygame
-    from moviepy import ImageSequenceClip
+    from moviepy import VideoClip
 
     pygame.font.init()
     font = pygame.font.Font(None, 26)
-    strips = []
-    for step in range(max(len(frames) for frames in videos.values())):
-        panels = []
+
+    def strip(seconds):
+        step, panels = round(seconds * fps), []
         for caption, frames in videos.items():
             picture = frames[min(step, len(frames) - 1)]
             height, width = (size // 2 * 2 for size in picture.shape[:2])  # the codec wants even sides
@@ -3300,8 +3306,11 @@ def write_video(videos, path, fps=25, **options):
             pygame.draw.rect(panel, "gray50", (0, 32, width, height), 1)
             panel.blit(font.render(caption, True, "black"), (8, 7))
             panels.append(pygame.surfarray.array3d(panel).swapaxes(0, 1))
-        strips.append(np.concatenate(panels, axis=1))
-    ImageSequenceClip(strips, fps=fps).write_videofile(path, audio=False, logger=None, **options)
+        return np.concatenate(panels, axis=1)
+
+    longest = max(len(frames) for frames in videos.values())
+    clip = VideoClip(strip, duration=longest / fps)  # one strip at a time: all of them may be gigabytes
+    clip.write_videofile(path, fps=fps, audio=False, logger=None, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3351,11 +3360,12 @@ def lock(folder):
     import fcntl  # not on Windows
 
     descriptor = os.open(folder, os.O_RDONLY)
-    os.register_at_fork(after_in_child=partial(os.close, descriptor))  # or a child that outlives us would keep the lock
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         return False
+    os.register_at_fork(after_in_child=partial(os.close, descriptor))  # or a child that outlives us would keep the lock
     return True
 
 

@@ -53,7 +53,7 @@ class Args:
     torch_deterministic: bool = True  # use only deterministic torch operations
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "cleanswarm"  # the project there
+    wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
     capture_video: bool = False  # also record a video at the start and at every new best
     evaluate: str | None = None  # do not train, only compare this saved model with the baselines
     init_from: str | None = None  # start from the weights of this saved model, of the same network
@@ -65,7 +65,7 @@ class Args:
     # further arguments of the environment, as in: --env-kwargs gravity -9 enable_wind True
     env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
     eval_env_id: str = "LunarLander"  # the environment that policies are evaluated in
-    # and its further arguments
+    # further arguments of eval_env_id, as in: --eval-env-kwargs gravity -9
     eval_env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
     num_groups: int = 8  # groups in an iteration, in each process of a torchrun
     group_size: int = 16  # G, episodes in a group; all run side by side
@@ -159,8 +159,8 @@ class Categorical:
         self.logprobs = logits.log_softmax(-1)
 
     def sample(self, generator=None):
-        """The action whose exponential clock, of rate probability, rings first."""
-        noise = torch.empty(self.logprobs.shape).exponential_(generator=generator)  # the CPU's on every device
+        """Draw actions: the argmax of p / E, with E exponentially distributed, is distributed as p (Gumbel's trick)."""
+        noise = torch.empty(self.logprobs.shape).exponential_(generator=generator)  # on the CPU, with any device
         return (self.logprobs - noise.log().to(self.logprobs.device)).argmax(-1)
 
     def log_prob(self, actions):
@@ -199,7 +199,7 @@ def compute_advantages(rewards, alive):
 
 
 def approx_kl(logratio):
-    """The KL divergence of the new policy from the old one that acted: http://joschu.net/blog/kl-approx.html."""
+    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
     return (logratio.exp() - 1 - logratio).mean()
 
 
@@ -220,6 +220,10 @@ if __name__ == "__main__":
         defaults = load(args.evaluate)["args"]
         default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
+        if (args.env_id, args.env_kwargs) != (defaults["env_id"], {}):
+            given = f"env_id is {args.env_id!r}, env_kwargs is {args.env_kwargs}"
+            raise ValueError(f"{given}: with evaluate they must be left out; eval_env_id and eval_env_kwargs choose")
+        args.env_kwargs = defaults["env_kwargs"]
         if args.eval_env_id == defaults["eval_env_id"]:
             args.eval_env_kwargs = defaults["eval_env_kwargs"] | args.eval_env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -293,7 +297,7 @@ if __name__ == "__main__":
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
             record(agent.make_policy, args.eval_env_id, VALIDATION_SEED, run_dir / "0.mp4", **args.eval_env_kwargs)
-    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
+    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
@@ -312,7 +316,7 @@ if __name__ == "__main__":
             reference.load_state_dict(agent.state_dict())
         iteration += 1
 
-        # Rollout: a seed of its own for every group, so that a checkpoint need not hold the environments' state
+        # Rollout: a seed of its own, so that a checkpoint need not hold the environments' state
         rollout_start, episodes = time.time(), {}
         seed = int(torch.randint(2**62, ()))
         alike = args.group_size if args.identical_g else 1

@@ -14,7 +14,8 @@ number of agents. How it departs from CleanRL's ppo_continuous_action.py:
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
-4. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
+4. Observations and rewards are taken as they come, neither normalised nor clipped.
+5. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
 """
 
 import math
@@ -49,7 +50,7 @@ class Args:
     torch_deterministic: bool = True  # use only deterministic torch operations
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "cleanswarm"  # the project there
+    wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
     capture_video: bool = False  # also record a video at the start and at every new best
     evaluate: str | None = None  # do not train, only compare this saved model with the baselines
     init_from: str | None = None  # start from the weights of this saved model, of the same network
@@ -142,7 +143,7 @@ class Trunk(nn.Module):
         self.update = nn.ModuleList(Linear(hidden, hidden, n_agents) for _ in range(hops))
         if self.policy != "mlp":
             self.send = nn.ModuleList(Linear(hidden, message, n_agents) for _ in range(hops))
-            self.edge = nn.ModuleList(Linear(NEIGHBOR_FEATURES, message, None) for _ in range(hops))
+            self.edge = nn.ModuleList(Linear(NEIGHBOR_FEATURES, message, None) for _ in range(hops))  # always shared
             self.hear = nn.ModuleList(Linear(message, hidden, n_agents) for _ in range(hops))
         if self.policy == "attention":
             self.query = nn.ModuleList(Linear(hidden, message, n_agents) for _ in range(hops))
@@ -216,7 +217,7 @@ class SquashedNormal:
         self.mean, self.logstd, self.scale, self.bias = mean, logstd, scale, bias
 
     def sample(self):
-        noise = torch.randn(self.mean.shape).to(self.mean.device)  # from the CPU's generator on every device
+        noise = torch.randn(self.mean.shape).to(self.mean.device)  # on the CPU, with any device
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
@@ -263,7 +264,7 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
 
 
 def approx_kl(logratio):
-    """The KL divergence of the new policy from the old one that acted: http://joschu.net/blog/kl-approx.html."""
+    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
     return (logratio.exp() - 1 - logratio).mean()
 
 
@@ -369,7 +370,7 @@ if __name__ == "__main__":
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
             record(agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
-    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
+    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 

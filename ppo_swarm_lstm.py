@@ -1,4 +1,4 @@
-"""PPO for swarms with memory: ppo_swarm.py, with an LSTM in actor and critic and nothing else changed.
+"""PPO for swarms with memory: ppo_swarm.py, with an LSTM in actor and critic, and other defaults.
 
     python ppo_swarm_lstm.py                    train on LidarNavigation with 10 robots, then compare
         --n-agents 40 --policy attention        a larger swarm that passes messages
@@ -14,8 +14,9 @@ number of agents. How it departs from CleanRL's ppo_continuous_action.py:
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
-4. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
-5. Every agent has an LSTM state of its own, zero where an episode starts, also in the middle of a rollout. A minibatch
+4. Observations and rewards are taken as they come, neither normalised nor clipped.
+5. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
+6. Every agent has an LSTM state of its own, zero where an episode starts, also in the middle of a rollout. A minibatch
    holds whole rollouts of some environments, run through again from the state that they began with.
 """
 
@@ -52,7 +53,7 @@ class Args:
     torch_deterministic: bool = True  # use only deterministic torch operations
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "cleanswarm"  # the project there
+    wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
     capture_video: bool = False  # also record a video at the start and at every new best
     evaluate: str | None = None  # do not train, only compare this saved model with the baselines
     init_from: str | None = None  # start from the weights of this saved model, of the same network
@@ -146,7 +147,7 @@ class Trunk(nn.Module):
         self.update = nn.ModuleList(Linear(hidden, hidden, n_agents) for _ in range(hops))
         if self.policy != "mlp":
             self.send = nn.ModuleList(Linear(hidden, message, n_agents) for _ in range(hops))
-            self.edge = nn.ModuleList(Linear(NEIGHBOR_FEATURES, message, None) for _ in range(hops))
+            self.edge = nn.ModuleList(Linear(NEIGHBOR_FEATURES, message, None) for _ in range(hops))  # always shared
             self.hear = nn.ModuleList(Linear(message, hidden, n_agents) for _ in range(hops))
         if self.policy == "attention":
             self.query = nn.ModuleList(Linear(hidden, message, n_agents) for _ in range(hops))
@@ -263,7 +264,7 @@ class SquashedNormal:
         self.mean, self.logstd, self.scale, self.bias = mean, logstd, scale, bias
 
     def sample(self):
-        noise = torch.randn(self.mean.shape).to(self.mean.device)  # from the CPU's generator on every device
+        noise = torch.randn(self.mean.shape).to(self.mean.device)  # on the CPU, with any device
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
@@ -310,7 +311,7 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
 
 
 def approx_kl(logratio):
-    """The KL divergence of the new policy from the old one that acted: http://joschu.net/blog/kl-approx.html."""
+    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
     return (logratio.exp() - 1 - logratio).mean()
 
 
@@ -418,7 +419,7 @@ if __name__ == "__main__":
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
             record(agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
-    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, a second one at once
+    stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 

@@ -887,7 +887,10 @@ def test_signals_stop_an_asynchronous_run_and_the_same_command_goes_on_in_other_
         assert len(pids) == 2 and not any(map(alive, pids))
     steps = steps_of(folder)
     assert steps == ALL_STEPS[: len(steps)] and len(steps) < 40
+    found = saved(folder / "checkpoint.pt")
+    torch.save({"args": found["args"], "model": found["model"], "score": math.inf}, folder / "model.pt")
     result = gone_on(nursery, tmp_path, args)
+    assert saved(result.folder / "model.pt")["score"] == math.inf  # as if found after the checkpoint: it must stay
     assert f"resumed at {steps[-1]:,}" in result.output
     assert steps_of(result.folder) == ALL_STEPS
     assert contents(result.folder)[-1] == "model.pt"
@@ -960,11 +963,12 @@ def test_the_model_holds_what_measures_novelty(model):
 def test_evaluate_prints_the_table_of_the_run_again_and_judges_elsewhere(nursery, finished, model, tmp_path):
     elsewhere = dict(eval_env_id="LunarLander-v3", eval_env_kwargs=dict(max_episode_steps=40))
     jobs = []
-    for name, change in (("again", {}), ("elsewhere", elsewhere)):
+    for name, change in (("again", {}), ("elsewhere", elsewhere), ("trained", dict(env_kwargs=dict(gravity=-9)))):
         (tmp_path / name).mkdir()
         jobs.append((tmp_path / name, dict(evaluate=shutil.copy(model, tmp_path / name)) | change))
-    again, other = nursery.run(*jobs)
+    again, other, refused = nursery.run(*jobs)
     assert [again.code, other.code] == [0, 0], again.output + other.output
+    assert refused.code == 1 and "env_kwargs is {'gravity': -9}: with evaluate they must be left out" in refused.output
     assert table(again.output) == table(finished["whole"].output)
     assert list(table(other.output))[1:] == ["async_ppo", "random"] and table(other.output) != table(again.output)
     (drawn,) = (tmp_path / "again").glob("evaluate-*")

@@ -521,11 +521,12 @@ def test_outcome_supervision_learns_cartpole(nursery, tmp_path):
 def test_evaluate_prints_the_table_of_the_run_again_and_judges_elsewhere(nursery, finished, model, tmp_path):
     elsewhere = dict(eval_env_id="LunarLander-v3", eval_env_kwargs=dict(max_episode_steps=40))
     jobs = []
-    for name, change in (("again", {}), ("elsewhere", elsewhere)):
+    for name, change in (("again", {}), ("elsewhere", elsewhere), ("trained", dict(env_kwargs=dict(gravity=-9)))):
         (tmp_path / name).mkdir()
         jobs.append((tmp_path / name, dict(evaluate=shutil.copy(model, tmp_path / name)) | change))
-    again, other = nursery.run(*jobs, script=SCRIPTS["hybrid"])
+    again, other, refused = nursery.run(*jobs, script=SCRIPTS["hybrid"])
     assert [again.code, other.code] == [0, 0], again.output + other.output
+    assert refused.code == 1 and "env_kwargs is {'gravity': -9}: with evaluate they must be left out" in refused.output
     assert table(again.output) == table(finished.output)
     assert list(table(other.output))[1:] == ["grpo_hybrid", "sampled", "random"]
     (drawn,) = (tmp_path / "again").glob("evaluate-*")
