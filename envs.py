@@ -3309,7 +3309,8 @@ def write_video(videos, path, fps=25, **options):
         return np.concatenate(panels, axis=1)
 
     longest = max(len(frames) for frames in videos.values())
-    clip = VideoClip(strip, duration=longest / fps)  # one strip at a time: all of them may be gigabytes
+    # One strip at a time: all of them may be gigabytes. Half a step more, because moviepy rounds the last one down.
+    clip = VideoClip(strip, duration=(longest + 0.5) / fps)
     clip.write_videofile(path, fps=fps, audio=False, logger=None, **options)
 
 
