@@ -298,9 +298,9 @@ def to_tensor(observations, device):
 
 
 def compute_gae(rewards, values, last_value, final_values, dones, rhos, gamma, gae_lambda):
-    """Advantages and returns, the targets of the values: both (num_steps, num_envs, heads), as are the
-    rewards, values, final_values and dones; last_value is (num_envs, heads), rhos are (num_steps, num_envs, 1).
+    """Advantages and returns, the targets of the values: both (num_steps, num_envs, heads).
 
+    So are rewards, values, final_values and dones; last_value is (num_envs, heads), rhos are (num_steps, num_envs, 1).
     Where dones is 1 an episode ended: the value of what came next is then not that of the next step, which belongs to
     another episode, but final_values: V(final_obs) if a time limit cut the episode off, 0 if it terminated. rhos are
     the probability ratios of the policy before the update to the one that acted, cut at 1: V-trace's rho and, times
@@ -598,7 +598,7 @@ if __name__ == "__main__":
         torch.set_rng_state(mine["rng"])
         novelty_sums[...] = mine["novelty_sums"]
         if args.num_actors and rank == 0 and (run_dir / "model.pt").exists():
-            best_score = max(best_score, load(run_dir / "model.pt")["score"])  # later than the checkpoint
+            best_score = max(best_score, load(run_dir / "model.pt")["score"])  # it may be newer
     global_step = first_step = iteration * steps_per_iteration
     if args.num_actors:
         torch.set_num_threads(max(1, torch.get_num_threads() - args.num_actors))

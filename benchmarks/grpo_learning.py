@@ -1,7 +1,8 @@
 """What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository root, 20 minutes on 2 cores:
 
     python benchmarks/grpo_learning.py                                     the three scripts with default flags
-    python benchmarks/grpo_learning.py --identical-g True False --plot docs/identical_starts.png
+    python benchmarks/grpo_learning.py --identical-g True False --plot docs/identical_starts.png \
+        --folder runs/identical_starts                                     identical starts, and different ones
     python benchmarks/grpo_learning.py --env-ids SparseLunarLander         trained on the reward at the end only
 
 Trains every script with seeds 1, 2 and 3, two runs side by side with one torch thread each, by the command `python
