@@ -139,15 +139,23 @@ def _valid_actions(actions, space):
     actions = np.asarray(actions)
     if actions.dtype.kind not in "iu" or actions.shape != space.shape:
         raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
-    if box:
-        outside = (actions < space.low) | (actions > space.high)
-    else:  # as unsigned numbers, those that are too low are too high
-        outside = (actions.astype(np.int64) - space.start).view(np.uint64) >= space.nvec.view(np.uint64)
-    if np.count_nonzero(outside):
-        at = tuple(np.argwhere(outside)[0].tolist())
-        low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
+    if not box and _within(actions, space.start, space.nvec):
+        return actions
+    low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
+    outside = np.argwhere((actions < low) | (actions > high))
+    if len(outside):
+        at = tuple(outside[0].tolist())
         raise ValueError(f"actions{list(at)} is {actions[at]}: it must be an integer from {low[at]} to {high[at]}")
     return actions
+
+
+@njit(cache=True)
+def _within(actions, start, count):
+    """Whether each is one of `count` integers from `start` on; NumPy would take as long as the physics of a lander."""
+    outside = 0
+    for i in range(actions.size):
+        outside += not 0 <= actions.flat[i] - start.flat[i] < count.flat[i]
+    return outside == 0
 
 
 def _valid_seed(seed, num_envs):
@@ -1803,7 +1811,7 @@ LEG_ANCHOR = np.array([[-LEG_AWAY, LEG_DOWN], [LEG_AWAY, LEG_DOWN]], f32)
 # Throttles of the discrete actions: nothing, left engine, main engine, right engine.
 THROTTLES = np.array([(0, 0), (0, -1), (1, 0), (0, 1)], np.float32)
 
-X, Y, ANGLE = range(3)  # columns of poses and velocities
+X, Y, ANGLE, COS, SIN = range(5)  # columns of poses and velocities; the last two only of poses before the step
 LIMIT, MOTOR = 2, 3  # columns of a joint's impulses; the first two are X and Y
 
 # What the velocity iterations work on, row by row; each row has a number for every lane.
@@ -1866,9 +1874,9 @@ LANDER_SCRATCH = np.dtype(
         ("lane_env", np.int64, LANES),  # which environment is in it
         ("fresh", np.int8, LANES),  # whether it takes the first step, that belongs to the reset
         ("near", np.int8, LANES),  # whether it may touch the ground in this step
-        ("solving", np.int64, 6),  # how many lanes have a first and a second contact of each body
+        ("solving", np.int64, (6, 2)),  # lanes with a first and a second contact of each body; those with two points
         ("rows", f32, ROWS * LANES),  # what the velocity iterations work on
-        ("start", f32, (LANES, 3, 3)),  # poses before the step
+        ("start", f32, (LANES, 3, 5)),  # poses before the step, and cos and sin of their angles
         ("contact", f32, (LANES, 6, 8)),  # manifolds, for body and slot
         ("contact_kind", np.int64, (LANES, 6, 5)),
         ("rotation", f32, (3, 2)),  # cos and sin of the angles
@@ -2236,7 +2244,7 @@ def _contact_friction(b, slot, p, lanes, rows):
 
 @inlined
 def _contact_normal(b, slot, lanes, rows):
-    """The second half: the impulses along the normal, of two points together."""
+    """The second half where some lane has two points: the impulses along the normal, of both together."""
     m_b, i_b = INV_MASS[b], INV_INERTIA[b]
     for lane in range(lanes):
         at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
@@ -2272,11 +2280,32 @@ def _contact_normal(b, slot, lanes, rows):
         rows[at_b + ANGLE * LANES] = w + i_b * (rx1 * y1 - ry1 * x1 + (rx2 * y2 - ry2 * x2))
 
 
+@inlined
+def _contact_normal_single(b, slot, lanes, rows):
+    """The second half where no lane has two points."""
+    m_b, i_b = INV_MASS[b], INV_INERTIA[b]
+    for lane in range(lanes):
+        at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
+        nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
+        vx, vy, w = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
+        rx, ry, old = rows[at + ARM_X * LANES], rows[at + ARM_Y * LANES], rows[at + NORMAL_IMPULSE * LANES]
+        approach = (vx - w * ry) * nx + (vy + w * rx) * ny
+        new = max(old - rows[at + NORMAL_MASS * LANES] * approach, ZERO)
+        rows[at + NORMAL_IMPULSE * LANES] = new
+        x, y = (new - old) * nx, (new - old) * ny
+        rows[at_b + X * LANES] = vx + m_b * x
+        rows[at_b + Y * LANES] = vy + m_b * y
+        rows[at_b + ANGLE * LANES] = w + i_b * (rx * y - ry * x)
+
+
 @uncounted
-def _contact_velocity(b, slot, lanes, rows):
+def _contact_velocity(b, slot, two_points, lanes, rows):
     _contact_friction(b, slot, 0, lanes, rows)
-    _contact_friction(b, slot, 1, lanes, rows)
-    _contact_normal(b, slot, lanes, rows)
+    if two_points:
+        _contact_friction(b, slot, 1, lanes, rows)
+        _contact_normal(b, slot, lanes, rows)
+    else:
+        _contact_normal_single(b, slot, lanes, rows)
 
 
 @uncounted
@@ -2390,7 +2419,12 @@ def _gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2):
     """b2SeparationFunction: along that axis at t, the gap of the nearest corner (witness -1) or of the one given."""
     x, y = (ONE - t) * start[b, X] + t * pose[b, X], (ONE - t) * start[b, Y] + t * pose[b, Y]
     angle = (ONE - t) * start[b, ANGLE] + t * pose[b, ANGLE]
-    cos, sin = math.cos(angle), math.sin(angle)
+    return _gap_at(b, witness, x, y, math.cos(angle), math.sin(angle), ax, ay, face, x1, y1, x2, y2)
+
+
+@uncounted
+def _gap_at(b, witness, x, y, cos, sin, ax, ay, face, x1, y1, x2, y2):
+    """The same for one pose."""
     x, y = x + sin * CENTER[b], y - cos * CENTER[b]
     least, found = f32(np.inf), 0
     if face < 0:
@@ -2415,14 +2449,18 @@ def _gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2):
 
 
 @uncounted
-def _time_of_impact(b, start, pose, x1, y1, x2, y2, corners, faces):
-    """b2TimeOfImpact: the fraction of a body's way from `start` to `pose` after which it hits an edge; 1 if never."""
+def _time_of_impact(b, start, pose, cos, sin, x1, y1, x2, y2, corners, faces):
+    """b2TimeOfImpact: the fraction of a body's way from `start` to `pose` after which it hits an edge; 1 if never.
+
+    `cos` and `sin` are of the angle at the end of the way.
+    """
     # Most often the edge's own line keeps them apart, before and after.
     inv = ONE / math.sqrt((x2 - x1) * (x2 - x1) + (y2 - y1) * (y2 - y1))
     ax, ay = (y1 - y2) * inv, (x2 - x1) * inv
-    after, _ = _gap(b, -1, ONE, ax, ay, -1, start, pose, x1, y1, x2, y2)
+    after, _ = _gap_at(b, -1, pose[b, X], pose[b, Y], cos, sin, ax, ay, -1, x1, y1, x2, y2)
     if after > TOI_TARGET + TOI_TOLERANCE:
-        before, _ = _gap(b, -1, ZERO, ax, ay, -1, start, pose, x1, y1, x2, y2)
+        x, y, cos, sin = start[b, X], start[b, Y], start[b, COS], start[b, SIN]
+        before, _ = _gap_at(b, -1, x, y, cos, sin, ax, ay, -1, x1, y1, x2, y2)
         if before > TOI_TARGET + TOI_TOLERANCE:
             return ONE
     t1 = ZERO
@@ -2502,11 +2540,12 @@ def _solve_impacts(b, lane, lander, scratch):
     done = ZERO
     kind[2 * b, HITS] = kind[2 * b + 1, HITS] = 0
     while True:
+        cos, sin = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
         soonest, which = ONE, -1
         for edge in range(first, last + 1):
             if kind[2 * b + edge % 2, HITS] <= TOI_HITS:
                 x1, x2 = f32(edge) * CHUNK_WIDTH, f32(edge + 1) * CHUNK_WIDTH
-                t = _time_of_impact(b, start, pose, x1, terrain[edge], x2, terrain[edge + 1], corners, faces)
+                t = _time_of_impact(b, start, pose, cos, sin, x1, terrain[edge], x2, terrain[edge + 1], corners, faces)
                 t = min(done + (ONE - done) * t, ONE) if t < ONE else ONE
                 if t < soonest:
                     soonest, which = t, edge
@@ -2525,7 +2564,6 @@ def _solve_impacts(b, lane, lander, scratch):
             pose[b, X], pose[b, Y], pose[b, ANGLE] = x, y, angle
             kind[2 * b + slot, HITS] = TOI_HITS + 1
             continue
-        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
         done = soonest
         for edge in range(first, last + 1):
             if edge != which:
@@ -2539,8 +2577,9 @@ def _solve_impacts(b, lane, lander, scratch):
                     deepest = min(deepest, _contact_position(b, pose, contact[row], kind[row], TOI_BAUMGARTE))
             if deepest >= f32(-1.5) * LINEAR_SLOP:
                 break
-        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
         rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
+        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
+        start[b, COS], start[b, SIN] = rotation[b, 0], rotation[b, 1]
         for i in range(3):
             rows[(VELOCITY + 3 * b + i) * LANES] = velocity[b, i]
         for s in range(2):
@@ -2553,7 +2592,7 @@ def _solve_impacts(b, lane, lander, scratch):
             for s in range(2):
                 s = slot if s == 0 else 1 - slot
                 if kind[2 * b + s, POINTS] > 0:
-                    _contact_velocity(b, s, 1, rows)
+                    _contact_velocity(b, s, kind[2 * b + s, SOLVED] == 2, 1, rows)
             for i in range(3):
                 velocity[b, i] = rows[(VELOCITY + 3 * b + i) * LANES]
             if vx == velocity[b, X] and vy == velocity[b, Y] and w == velocity[b, ANGLE]:
@@ -2563,12 +2602,14 @@ def _solve_impacts(b, lane, lander, scratch):
 
 @uncounted
 def _lander_load(lane, force_x, force_y, torque, gravity, lander, scratch):
-    """b2World::Step up to the velocity iterations: contacts from the poses as they are, forces, warm start."""
+    """b2World::Step up to the velocity iterations: contacts from the poses as they are, forces, warm start.
+
+    `scratch.rotation` has been set from these poses.
+    """
     pose, velocity, terrain = lander.pose, lander.velocity, lander.terrain
     joint_impulse, joint_limit, impulse = lander.joint_impulse, lander.joint_limit, lander.contact_impulse
     rotation, rows = scratch.rotation, scratch.rows
     start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
-    _rotate(pose, rotation)
     x = (pose[0, X] + rotation[0, 1] * CENTER[0]) / CHUNK_WIDTH
     ground = ZERO
     for i in range(max(int(x - REACH), 0), min(int(x + REACH) + 1, CHUNKS) + 1):
@@ -2582,6 +2623,7 @@ def _lander_load(lane, force_x, force_y, torque, gravity, lander, scratch):
 
     for b in range(N_BODIES):
         start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
+        start[b, COS], start[b, SIN] = rotation[b, 0], rotation[b, 1]
     velocity[1, Y] += TIME_STEP * f32(gravity)
     velocity[2, Y] += TIME_STEP * f32(gravity)
     velocity[0, X] += TIME_STEP * (INV_MASS[0] * f32(force_x))
@@ -2596,7 +2638,8 @@ def _lander_load(lane, force_x, force_y, torque, gravity, lander, scratch):
                 if kind[row, POINTS] > 0:
                     kind[row, PLACE] = place
                     _contact_prepare(b, row % 2, lane, pose, rotation, impulse, contact[row], kind[row], rows)
-                    scratch.solving[place] += 1
+                    scratch.solving[place, 0] += 1
+                    scratch.solving[place, 1] += kind[row, SOLVED] == 2
                     place += 1
         for turn in range(3):
             for row in range(2 * SOLVE_ORDER[turn], 2 * SOLVE_ORDER[turn] + 2):
@@ -2618,18 +2661,18 @@ def _iterate(rows, solving):
     for _ in range(VELOCITY_ITERATIONS):
         _joint_velocity(1, rows)
         _joint_velocity(0, rows)
-        if solving[4] > 0:
-            _contact_velocity(2, 0, LANES, rows)
-        if solving[5] > 0:
-            _contact_velocity(2, 1, LANES, rows)
-        if solving[0] > 0:
-            _contact_velocity(0, 0, LANES, rows)
-        if solving[1] > 0:
-            _contact_velocity(0, 1, LANES, rows)
-        if solving[2] > 0:
-            _contact_velocity(1, 0, LANES, rows)
-        if solving[3] > 0:
-            _contact_velocity(1, 1, LANES, rows)
+        if solving[4, 0] > 0:
+            _contact_velocity(2, 0, solving[4, 1] > 0, LANES, rows)
+        if solving[5, 0] > 0:
+            _contact_velocity(2, 1, solving[5, 1] > 0, LANES, rows)
+        if solving[0, 0] > 0:
+            _contact_velocity(0, 0, solving[0, 1] > 0, LANES, rows)
+        if solving[1, 0] > 0:
+            _contact_velocity(0, 1, solving[1, 1] > 0, LANES, rows)
+        if solving[2, 0] > 0:
+            _contact_velocity(1, 0, solving[2, 1] > 0, LANES, rows)
+        if solving[3, 0] > 0:
+            _contact_velocity(1, 1, solving[3, 1] > 0, LANES, rows)
 
 
 @uncounted
@@ -2648,7 +2691,8 @@ def _lander_unload(lane, lander, scratch):
     for row in range(6):
         if kind[row, POINTS] > 0:
             touching = True
-            scratch.solving[kind[row, PLACE]] -= 1
+            scratch.solving[kind[row, PLACE], 0] -= 1
+            scratch.solving[kind[row, PLACE], 1] -= kind[row, SOLVED] == 2
             at = (CONTACT + kind[row, PLACE] * CONTACT_ROWS) * LANES + lane
             for p in range(kind[row, SOLVED]):
                 of = at + POINT_ROWS * p * LANES
@@ -2722,7 +2766,7 @@ def _lander_draw(env, params, state, scratch):
 @uncounted
 def _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch):
     """Gymnasium's `step` up to the velocity iterations: wind and engines."""
-    rng, lander = state.rng, state[env]
+    rng, lander, rotation = state.rng, state[env], scratch.rotation
     pose, velocity = lander.pose, lander.velocity
     torque = 0.0
     if params.enable_wind and not (lander.grounded[1] or lander.grounded[2]):
@@ -2735,11 +2779,12 @@ def _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, s
     main, lateral = min(max(main, -1.0), 1.0), min(max(lateral, -1.0), 1.0)
     main_power = 0.5 * (main + 1.0) if main > 0.0 else 0.0
     side_power = abs(lateral) if abs(lateral) > 0.5 else 0.0
+    _rotate(pose, rotation)
     if main_power > 0.0 or side_power > 0.0:
         angle = pose[0, ANGLE]
         tip_x, tip_y = math.sin(np.float64(angle)), math.cos(np.float64(angle))
-        x = np.float64(pose[0, X] + math.sin(angle) * CENTER[0])
-        y = np.float64(pose[0, Y] - math.cos(angle) * CENTER[0])
+        x = np.float64(pose[0, X] + rotation[0, 1] * CENTER[0])
+        y = np.float64(pose[0, Y] - rotation[0, 0] * CENTER[0])
     if main_power > 0.0:
         along = MAIN_ENGINE_DOWN + 2 * dispersion0
         ox, oy = tip_x * along - tip_y * dispersion1, -tip_y * along - tip_x * dispersion1
@@ -3035,7 +3080,7 @@ class LunarLander(NativeVectorEnv):
         _lander_observe(self.landers, self.scratch, LanderOutputs(**self.buffers))
 
     def advance(self, actions):
-        throttles = actions if self.continuous else THROTTLES[actions]
+        throttles = actions if self.continuous else THROTTLES.take(actions, axis=0)
         outputs = LanderOutputs(**self.buffers)
         _lander_step(throttles, False, self.params, self.landers, self.queue, self.scratch, outputs)
 
