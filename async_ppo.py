@@ -125,6 +125,8 @@ class Args:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
         if self.num_steps * self.num_envs % self.num_minibatches:
             raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
+        if self.num_steps * self.num_envs == self.num_minibatches:  # the advantages of a single step have no deviation
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must be less than num_steps * num_envs")
         if self.num_envs % max(1, self.num_actors):
             raise ValueError(f"num_actors is {self.num_actors}: it must divide num_envs, {self.num_envs}")
         if self.num_actors and self.num_workers:

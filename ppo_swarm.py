@@ -105,6 +105,8 @@ class Args:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
         if self.num_steps * self.num_envs % self.num_minibatches:
             raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
+        if self.num_steps * self.num_envs == self.num_minibatches:  # the advantages of a single step have no deviation
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must be less than num_steps * num_envs")
         if "n_agents" in self.env_kwargs:
             raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
 

@@ -1078,6 +1078,7 @@ OTHERS["matrices of"] = OTHERS["integer"]
 BAD_COMMANDS = {
     "total_timesteps": (dict(total_timesteps=PER_UPDATE - 1), f"{PER_UPDATE - 1}"),
     "num_minibatches": (dict(num_minibatches=9), "9.*must divide"),
+    "num_minibatches of one": (dict(num_minibatches=PER_UPDATE), f"{PER_UPDATE}.*must be less"),
     "num_actors": (dict(num_actors=3), "3.*must divide num_envs, 4"),
     "num_workers with actors": (dict(num_workers=1), "1.*must be 0"),
     "num_workers": (dict(num_actors=0, num_workers=5), "5.*from 0 to 4"),

@@ -1486,6 +1486,11 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused():
         Args(num_envs=12, num_steps=32, num_minibatches=5)
 
 
+def test_minibatches_of_one_step_whose_advantages_have_no_deviation_are_refused():
+    with pytest.raises(ValueError, match=r"num_minibatches is 384: it must be less than num_steps \* num_envs"):
+        Args(num_envs=12, num_steps=32, num_minibatches=384)
+
+
 NO_NEIGHBOURS = """
 import envs
 class Alone(envs.Swarm):
