@@ -3247,13 +3247,16 @@ def baselines(env_id, **env_kwargs):
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
+LONGEST_EPISODE = 100_000  # steps; what goes on for longer has no time limit, and may never end
+
 
 def evaluate(make_policy, env_id, num_episodes, seed, record=False, **env_kwargs):
     """Run `num_episodes` episodes, one in each of as many environments, in this process.
 
     Returns (stats, rewards, frames): stats maps "r", "l" and the environment's metrics to (num_episodes,) arrays;
     rewards (length of the longest episode, num_episodes) is the mean reward over agents at each step, NaN once an
-    episode has ended; frames are pictures of the first environment, empty unless `record`.
+    episode has ended; frames are pictures of the first environment, empty unless `record`. RuntimeError after
+    LONGEST_EPISODE steps.
     """
     envs = make_vec(env_id, num_episodes, num_workers=0, render_mode="rgb_array" if record else None, **env_kwargs)
     policy = make_policy(envs)
@@ -3261,6 +3264,9 @@ def evaluate(make_policy, env_id, num_episodes, seed, record=False, **env_kwargs
     stats, rewards, frames = None, [], []
     running = np.ones(num_episodes, bool)  # (num_episodes,), whose first episode still goes on
     while running.any():
+        if len(rewards) == LONGEST_EPISODE:
+            limit = "give it a time limit, as max_episode_steps among the arguments of a Gymnasium environment"
+            raise RuntimeError(f"an episode of {env_id} did not end within {LONGEST_EPISODE:,} steps: {limit}")
         if record:
             frames.append(envs.render()[0])
         observations, reward, _, _, infos = envs.step(policy(observations, infos))

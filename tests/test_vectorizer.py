@@ -721,3 +721,11 @@ made.close()
     with Script(text) as script:
         script.ready()
         assert script.end() == (0, "[1.0, 1.0] 2\n", "")
+
+
+def test_evaluation_gives_up_an_episode_that_no_time_limit_ends(monkeypatch):
+    monkeypatch.setattr(envs, "LONGEST_EPISODE", 30)
+    stats, _, _ = envs.evaluate(envs.random_policy, "Pendulum-v1", 2, 0, max_episode_steps=30)
+    assert stats["l"].tolist() == [30, 30]
+    with pytest.raises(RuntimeError, match="Pendulum-v1 did not end within 30 steps: give it a time limit"):
+        envs.evaluate(envs.random_policy, "Pendulum-v1", 2, 0, max_episode_steps=-1)
