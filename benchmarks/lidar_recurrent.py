@@ -1,12 +1,13 @@
-"""ppo_swarm_lstm.py on LidarNavigation beside sb3-contrib's RecurrentPPO. From the repository's root, 20 minutes:
+"""ppo_swarm_lstm.py on LidarNavigation beside sb3-contrib's RecurrentPPO. From the repository's root, 40 minutes:
 
     pip install stable-baselines3 sb3-contrib
-    python benchmarks/lidar_recurrent.py [--minutes 10]
+    python benchmarks/lidar_recurrent.py [--minutes 10] [--seeds 1 2 3]
 
 1. Training throughput with the same environments, rollouts, minibatches, epochs and widths, measured in turn. Both have
    an LSTM and two layers for the actor, and as much for the critic (theirs has the layers after the LSTM, ours before).
-2. RecurrentPPO with its own defaults for so many minutes, then the time that ppo_swarm_lstm.py's default command took
-   to collect as many goals per robot in its training episodes. Wall time from the first step, start-up left out.
+2. For each seed RecurrentPPO with its own defaults for so many minutes, then the time that ppo_swarm_lstm.py's default
+   command, which is stopped after a fifth of these minutes, took to collect as many goals per robot in its training
+   episodes. Wall time from the first step, start-up left out.
 
 For RecurrentPPO every robot is an environment of its own, all stepped by the same kernel.
 """
@@ -99,11 +100,17 @@ class Watch(BaseCallback):
         return time.perf_counter() - self.times[0] < self.seconds
 
 
-def script(folder, *flags):
-    """Scalars of a run of ppo_swarm_lstm.py: {tag: [(seconds since the first log, step, value)]}."""
-    subprocess.run(
-        [sys.executable, sys.path[0] + "/ppo_swarm_lstm.py", *flags], cwd=folder, check=True, capture_output=True
-    )
+def script(folder, *flags, seconds=None):
+    """Scalars of a run of ppo_swarm_lstm.py, until `seconds`: {tag: [(seconds since the first log, step, value)]}."""
+    command = [sys.executable, sys.path[0] + "/ppo_swarm_lstm.py", *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=folder, **quiet) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends after the iteration
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}")
     events = EventAccumulator(str(next(Path(folder).glob("runs/*"))))
     events.Reload()
     start = events.Scalars("charts/SPS")[0].wall_time
@@ -139,25 +146,23 @@ def theirs_per_second(args):
     return steps * (len(watch.times) - 1) / (watch.times[-1] - watch.times[0])
 
 
-def race(minutes):
+def race(minutes, seed):
     robots = Robots(8, 10)
     watch = Watch(60 * minutes)
-    RecurrentPPO("MlpLstmPolicy", robots, device="cpu").learn(10**9, callback=watch)
+    RecurrentPPO("MlpLstmPolicy", robots, seed=seed, device="cpu").learn(10**9, callback=watch)
     best = max(watch.goals)
     seconds = watch.times[watch.goals.index(best)] - watch.times[0]
     with tempfile.TemporaryDirectory() as folder:
-        goals = script(folder)["episode/goals"]
+        goals = script(folder, "--seed", str(seed), seconds=12 * minutes)["episode/goals"]
     ours = next((passed for passed, _, value in goals if value >= best), float("inf"))
-    print(f"\nRecurrentPPO's defaults, {minutes:g} minutes: {best:.2f} goals per robot, after {seconds:.0f} s")
-    print(
-        f"ppo_swarm_lstm.py's: as many after {ours:.0f} s, {seconds / ours:.0f}x sooner; {goals[-1][2]:.2f} at its end"
-    )
+    print(f"| {seed} | {best:.2f} | {seconds:.0f} | {ours:.0f} | {seconds / ours:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of RecurrentPPO with its own defaults")
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
+    options = parser.parse_args()
     args = Args()
     pairs = [(ours_per_second(args), theirs_per_second(args)) for _ in range(ROUNDS)]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -168,5 +173,9 @@ if __name__ == "__main__":
         f"| {ours:,.0f} | {theirs:,.0f} | {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |",
         flush=True,
     )
-    if minutes:
-        race(minutes)
+    if options.minutes:
+        print(f"\nRecurrentPPO with its defaults, {options.minutes:g} minutes\n")
+        print("| seed | goals per robot | after s | ppo_swarm_lstm.py had as many after s | times sooner |")
+        print("|---" * 5 + "|")
+        for seed in options.seeds:
+            race(options.minutes, seed)
