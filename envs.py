@@ -139,7 +139,7 @@ def _valid_actions(actions, space):
     actions = np.asarray(actions)
     if actions.dtype.kind not in "iu" or actions.shape != space.shape:
         raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
-    if not box and _within(actions, space.start, space.nvec):
+    if not box and _within(np.ascontiguousarray(actions, np.int64), space.start, space.nvec):
         return actions
     low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
     outside = np.argwhere((actions < low) | (actions > high))

@@ -498,3 +498,17 @@ def test_rendering_changes_nothing_that_follows():
     for _ in range(5):
         drawn.render()
         assert same(plain.step(np.full(2, 2)), drawn.step(np.full(2, 2)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+def test_actions_of_every_integer_type_are_checked_at_both_ends(dtype):
+    landers = envs.make_vec("LunarLander", 5, num_workers=0)
+    landers.reset(seed=0)
+    every_second = np.array([0, 9, 1, 9, 2, 9, 3, 9, 0], dtype)[::2]
+    landers.step(every_second)
+    limits = np.iinfo(dtype)
+    for wrong in {4, limits.max, limits.min} - {0}:
+        actions = every_second.copy()
+        actions[3] = wrong
+        with pytest.raises(ValueError, match=rf"^actions\[3\] is {wrong}: it must be an integer from 0 to 3$"):
+            landers.step(actions)
