@@ -2300,6 +2300,7 @@ def _contact_normal_single(b, slot, lanes, rows):
 
 @uncounted
 def _contact_velocity(b, slot, two_points, lanes, rows):
+    """Both halves; `two_points` says whether any of these lanes has a contact of two."""
     _contact_friction(b, slot, 0, lanes, rows)
     if two_points:
         _contact_friction(b, slot, 1, lanes, rows)
