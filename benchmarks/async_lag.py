@@ -4,9 +4,9 @@
 
 Both train with the same flags on as many steps, CartPole-v1 with the script's defaults and the lander with the flags of
 benchmarks/async_race.py, over the same seeds, two runs at once; over twelve, because the steps until the target spread
-by a third to a half of their mean. Printed, as mean and standard deviation over the seeds: the steps until 20 held-out,
-greedy episodes average 475 or 200, the whole budget for a run that never gets there; and the mean of all evaluations,
-the area under the learning curve, which no single lucky evaluation decides.
+by a third to three quarters of their mean. Printed, as mean and standard deviation over the seeds: the steps until 20
+held-out, greedy episodes average 475 or 200, the whole budget for a run that never gets there; and the mean of all
+evaluations, the area under the learning curve, which no single lucky evaluation decides.
 """
 
 import argparse

@@ -25,8 +25,8 @@ FLAGS = (
     "--env-id VmasNavigation --n-agents 3 --num-envs 60 --num-steps 100 --init-logstd -0.7 --learning-rate 7e-4 "
     "--num-minibatches 10 --update-epochs 20 --total-timesteps 3000000"
 )
-# IPPO and MAPPO. With the central critic's discount a local one ended at 2.7 and 3.0 (seeds 1 and 2), after longer
-# episodes: it does not see that the others have yet to arrive, and that they are what the return still depends on.
+# IPPO and MAPPO. With the central critic's gamma and lambda a local one ended at 2.7 and 3.0 (seeds 1 and 2), after
+# longer episodes; perhaps because it does not see whether the others, who earn the rest of the return, have arrived.
 CRITICS = {
     "local": "--critic local --gamma 0.95 --gae-lambda 0.9",
     "central": "--critic central --gamma 0.97 --gae-lambda 0.8",
