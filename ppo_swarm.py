@@ -77,7 +77,7 @@ class Args:
     learning_rate: float = 1e-3  # the step size of Adam
     num_steps: int = 64  # steps of each environment in a rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
-    gamma: float = 0.95  # discount
+    gamma: float = 0.98  # discount
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 4  # epochs over a rollout
@@ -340,7 +340,7 @@ if __name__ == "__main__":
     obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
     neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
     raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
-    logprobs, rewards, final_values = (torch.zeros(shape, device=device) for _ in range(3))
+    logprobs, rewards, values, final_values = (torch.zeros(shape, device=device) for _ in range(4))
     dones = torch.zeros(shape[:2], device=device)
 
     # The run's folder, a new one or an unfinished run's
@@ -407,7 +407,7 @@ if __name__ == "__main__":
             for name, value in infos.get("episode", {}).items():
                 episodes.setdefault(name, []).extend(value[infos["_episode"]])
         with torch.no_grad():
-            values = agent.get_value(obs.flatten(0, 1), neighbors.flatten(0, 1)).view(shape)
+            values[:] = agent.get_value(obs.flatten(0, 1), neighbors.flatten(0, 1)).view(shape)
             last_value = agent.get_value(next_obs, next_neighbors)
         advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values

@@ -174,23 +174,26 @@ class Trunk(nn.Module):
         return x
 
 
-class Memory(nn.Module):
-    """An LSTM on features (batch, steps, n_agents, hidden_dim), every agent with a state (h, c) of its own.
+class RecurrentTrunk(Trunk):
+    """A Trunk with an LSTM behind it, every agent with a state (h, c) of its own.
 
-    state (2, batch, n_agents, hidden_dim) is that before the first step. Where starts (batch, steps) is 1 it is zero,
-    and no gradient gets past there. Returns the new features, and the state after the last step.
+    obs and neighbors are (batch, n_agents, ...), or (batch, steps, n_agents, ...): whole sequences. state (2, batch,
+    n_agents, hidden_dim) is that before the first step; where starts (batch,) or (batch, steps) is 1 it is zero, and no
+    gradient gets past there. Returns features (batch * steps, n_agents, hidden_dim) and the state after the last step.
     """
 
-    def __init__(self, hidden_dim, n_agents):
-        super().__init__()
-        self.lstms = nn.ModuleList(nn.LSTM(hidden_dim, hidden_dim, batch_first=True) for _ in range(n_agents or 1))
-        for name, parameter in self.named_parameters():
+    def __init__(self, args, obs_dim, n_agents):
+        super().__init__(args, obs_dim, n_agents)
+        lstms = (nn.LSTM(args.hidden_dim, args.hidden_dim, batch_first=True) for _ in range(n_agents or 1))
+        self.lstms = nn.ModuleList(lstms)
+        for name, parameter in self.lstms.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.zeros_(parameter)
 
-    def forward(self, x, state, starts):
+    def forward(self, obs, neighbors, state, starts):
+        x = super().forward(obs.flatten(0, -3), neighbors.flatten(0, -3)).unflatten(0, (len(obs), -1))
         groups = zip(self.lstms, x.chunk(len(self.lstms), dim=2), state.chunk(len(self.lstms), dim=2), strict=True)
-        features, states = zip(*[self.run(*group, starts) for group in groups], strict=True)
-        return torch.cat(features, dim=2), torch.cat(states, dim=2)
+        features, states = zip(*[self.run(*group, starts.view(len(obs), -1)) for group in groups], strict=True)
+        return torch.cat(features, dim=2).flatten(0, 1), torch.cat(states, dim=2)
 
     def run(self, lstm, x, state, starts):
         sequences, hc = x.transpose(1, 2).flatten(0, 1), state.flatten(1, 2)  # (batch * n_agents, steps, hidden_dim)
@@ -211,39 +214,30 @@ class Agent(nn.Module):
         obs_dim, act_dim = envs.single_observation_space.shape[-1], envs.single_action_space.shape[-1]
         policy_agents = None if args.share_policy else args.n_agents
         critic_agents = None if args.share_critic else args.n_agents
-        self.actor = Trunk(args, obs_dim, policy_agents)
-        self.actor_memory = Memory(args.hidden_dim, policy_agents)
+        self.actor = RecurrentTrunk(args, obs_dim, policy_agents)
         self.actor_mean = Linear(args.hidden_dim, act_dim, policy_agents, std=0.01)
         self.actor_logstd = nn.Parameter(torch.full((policy_agents or 1, act_dim), args.init_logstd))
-        self.critic = None if args.share_lstm else Trunk(args, obs_dim, critic_agents)
-        self.critic_memory = None if args.share_lstm else Memory(args.hidden_dim, critic_agents)
+        self.critic = self.actor if args.share_lstm else RecurrentTrunk(args, obs_dim, critic_agents)
         self.central = args.critic == "central"
         self.critic_value = Linear(args.hidden_dim * (2 if self.central else 1), 1, critic_agents, std=1.0)
         low, high = torch.tensor(envs.single_action_space.low[0]), torch.tensor(envs.single_action_space.high[0])
         self.register_buffer("action_scale", (high - low) / 2, persistent=False)
         self.register_buffer("action_bias", (high + low) / 2, persistent=False)
 
-    def remember(self, trunk, memory, obs, neighbors, state, starts):
-        """Here obs may also be (batch, steps, n_agents, ...), and starts (batch, steps): whole sequences."""
-        x = trunk(obs.flatten(0, -3), neighbors.flatten(0, -3))  # (batch * steps, n_agents, hidden_dim)
-        features, state = memory(x.view(len(obs), -1, *x.shape[1:]), state, starts.view(len(obs), -1))
-        return features.flatten(0, 1), state
-
     def get_value(self, obs, neighbors, state, starts):
-        trunk, memory = self.critic or self.actor, self.critic_memory or self.actor_memory
-        features, state = self.remember(trunk, memory, obs, neighbors, state, starts)
+        features, state = self.critic(obs, neighbors, state, starts)
         if self.central:
             features = torch.cat([features, features.mean(dim=1, keepdim=True).expand_as(features)], dim=-1)
         return self.critic_value(features).view(obs.shape[:-1]), state
 
     def get_policy(self, obs, neighbors, state, starts):
-        features, state = self.remember(self.actor, self.actor_memory, obs, neighbors, state, starts)
+        features, state = self.actor(obs, neighbors, state, starts)
         mean = self.actor_mean(features).view(*obs.shape[:-1], -1)
         return SquashedNormal(mean, self.actor_logstd, self.action_scale, self.action_bias), state
 
     def make_policy(self, envs):
         """The deterministic policy on arrays, as envs.py evaluates it."""
-        n_agents, hidden_dim = envs.single_observation_space.shape[0], self.actor_memory.lstms[0].hidden_size
+        n_agents, hidden_dim = envs.single_observation_space.shape[0], self.actor.lstms[0].hidden_size
         state = torch.zeros(2, envs.num_envs, n_agents, hidden_dim, device=self.action_scale.device)
 
         @torch.no_grad()
@@ -439,9 +433,8 @@ if __name__ == "__main__":
         for step in range(args.num_steps):
             obs[step], neighbors[step] = next_obs, next_neighbors
             with torch.no_grad():
-                start = dones[step - 1]  # at step 0 the last one of the rollout before
-                policy, actor_state = agent.get_policy(next_obs, next_neighbors, actor_state, start)
-                values[step], critic_state = agent.get_value(next_obs, next_neighbors, critic_state, start)
+                policy, actor_state = agent.get_policy(next_obs, next_neighbors, actor_state, dones[step - 1])
+                values[step], critic_state = agent.get_value(next_obs, next_neighbors, critic_state, dones[step - 1])
                 raw_actions[step] = policy.sample()
                 logprobs[step] = policy.log_prob(raw_actions[step])
                 actions = policy.squash(raw_actions[step]).cpu().numpy()
@@ -454,7 +447,7 @@ if __name__ == "__main__":
             if cut_off.any():
                 with torch.no_grad():
                     final = to_tensors(infos["final_obs"], infos["final_info"], device)
-                    final_value, _ = agent.get_value(*final, critic_state, torch.zeros_like(start))
+                    final_value, _ = agent.get_value(*final, critic_state, torch.zeros_like(dones[step]))
                 final_values[step, cut_off] = final_value[cut_off]
             for name, value in infos.get("episode", {}).items():
                 episodes.setdefault(name, []).extend(value[infos["_episode"]])
@@ -478,9 +471,8 @@ if __name__ == "__main__":
         for mb_inds in minibatches:
             # index_select copies whole rows, and is several times faster than b_obs[mb_inds]
             mb_obs, mb_neighbors = b_obs.index_select(0, mb_inds), b_neighbors.index_select(0, mb_inds)
-            mb_starts = b_starts[mb_inds]
-            policy, _ = agent.get_policy(mb_obs, mb_neighbors, first_actor_state[:, mb_inds], mb_starts)
-            newvalue, _ = agent.get_value(mb_obs, mb_neighbors, first_critic_state[:, mb_inds], mb_starts)
+            policy, _ = agent.get_policy(mb_obs, mb_neighbors, first_actor_state[:, mb_inds], b_starts[mb_inds])
+            newvalue, _ = agent.get_value(mb_obs, mb_neighbors, first_critic_state[:, mb_inds], b_starts[mb_inds])
             logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
             ratio = logratio.exp()  # (minibatch, ..., n_agents)
             mb_advantages = b_advantages[mb_inds]

@@ -35,7 +35,7 @@ import ppo_swarm
 import ppo_swarm_lstm
 
 FLAGS = {
-    "ppo_swarm": "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --gamma 0.98 --num-minibatches 8 "
+    "ppo_swarm": "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-minibatches 8 "
     "--learning-rate 7e-4 --total-timesteps 12000000 --eval-every 1000000",
     "ppo_swarm_lstm": "",
 }

@@ -42,7 +42,7 @@ from test_ppo_swarm import (
 
 import envs
 import ppo_swarm
-from ppo_swarm_lstm import Agent, Args, Memory
+from ppo_swarm_lstm import Agent, Args, RecurrentTrunk, Trunk
 
 SCRIPT = ROOT / "ppo_swarm_lstm.py"
 N_AGENTS, HIDDEN, BATCH, STEPS = 5, 6, 4, 7
@@ -61,12 +61,12 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def literal_lstm(memory, x, state, starts):
+def literal_lstm(lstms, x, state, starts):
     """The equations, for each agent alone: features (batch, steps, n_agents, hidden) and the state after the last."""
     x, (h, c) = x.detach().numpy(), state.detach().numpy().copy()
     features = np.zeros_like(x)
     for agent in range(x.shape[2]):
-        lstm = memory.lstms[agent if len(memory.lstms) > 1 else 0]
+        lstm = lstms[agent if len(lstms) > 1 else 0]
         w_ih, w_hh, b_ih, b_hh = (w.detach().numpy() for w in lstm.parameters())
         for env in range(x.shape[0]):
             for step in range(x.shape[1]):
@@ -117,11 +117,9 @@ def stepwise(function, obs, neighbors, state, starts):
 
 def literal(agent, what, obs, neighbors, state, starts):
     """Means or values: the trunk, which test_ppo_swarm.py tests, the literal LSTM, and the last layer."""
-    shared = agent.critic is None
-    actor = what == "mean" or shared
-    trunk, memory = (agent.actor, agent.actor_memory) if actor else (agent.critic, agent.critic_memory)
-    x = torch.stack([trunk(obs[:, step], neighbors[:, step]) for step in range(obs.shape[1])], dim=1)
-    features, state = literal_lstm(memory, x, state, starts)
+    trunk = agent.actor if what == "mean" else agent.critic
+    features = [Trunk.forward(trunk, obs[:, step], neighbors[:, step]) for step in range(obs.shape[1])]
+    features, state = literal_lstm(trunk.lstms, torch.stack(features, dim=1), state, starts)
     if what == "mean":
         return agent.actor_mean(features.flatten(0, 1)).view(*obs.shape[:-1], -1), state
     if agent.central:
@@ -161,9 +159,12 @@ def test_memory_is_the_literal_lstm_for_any_pattern_of_starts(data):
     starts = data.draw(st.lists(st.booleans(), min_size=batch * steps, max_size=batch * steps))
     starts = torch.tensor(starts, dtype=torch.float64).view(batch, steps)
     torch.manual_seed(data.draw(st.integers(0, 9)))
-    memory = Memory(HIDDEN, 3 if own else None).double()
-    x, state = torch.randn(batch, steps, 3, HIDDEN).double(), torch.randn(2, batch, 3, HIDDEN).double()
-    close(memory(x, state, starts), literal_lstm(memory, x, state, starts))
+    trunk = RecurrentTrunk(Args(hidden_dim=HIDDEN), 2, 3 if own else None).double()
+    obs, state = torch.randn(batch, steps, 3, 2).double(), torch.randn(2, batch, 3, HIDDEN).double()
+    no_neighbors = torch.zeros(batch, steps, 3, 0, dtype=torch.int64)
+    features = Trunk.forward(trunk, obs.flatten(0, 1), no_neighbors).view(batch, steps, 3, HIDDEN)
+    expected, after = literal_lstm(trunk.lstms, features, state, starts)
+    close(trunk(obs, no_neighbors, state, starts), (expected.flatten(0, 1), after))
 
 
 def test_two_halves_of_a_sequence_are_the_whole_of_it():
@@ -176,10 +177,10 @@ def test_two_halves_of_a_sequence_are_the_whole_of_it():
 
 
 def test_a_shared_lstm_leaves_the_critic_nothing_of_its_own_but_the_last_layer():
-    names = [name for name, _ in agent_in_doubles(24, share_lstm=True).named_parameters() if name.startswith("critic")]
-    assert names == ["critic_value.weight", "critic_value.bias"]
-    apart = {name.split(".")[0] for name, _ in agent_in_doubles(24).named_parameters()}
-    assert {"critic", "critic_memory", "actor", "actor_memory"} <= apart
+    shared, apart = (dict(agent_in_doubles(24, share_lstm=share).named_parameters()) for share in (True, False))
+    assert [name for name in shared if name.startswith("critic")] == ["critic_value.weight", "critic_value.bias"]
+    own = [name for name in apart if name not in shared]
+    assert own == [name for name in apart if name.startswith("critic.")] != []
 
 
 @pytest.mark.parametrize("share_lstm", [False, True], ids=["own LSTM for the critic", "shared LSTM"])
@@ -195,7 +196,7 @@ def test_gradients_reach_every_parameter_of_every_agent(policy, share, share_lst
     (distribution.log_prob(torch.randn_like(distribution.mean)).mean() + (values - 1).square().mean()).backward()
     for name, parameter in agent.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
-    assert len(agent.actor_memory.lstms) == (1 if share else N_AGENTS)
+    assert len(agent.actor.lstms) == (1 if share else N_AGENTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def test_gradients_of_the_weights_are_those_of_the_episodes_apart(what):
     outputs, _ = outputs_of(agent, what, obs, neighbors, state, starts)
     before, _ = outputs_of(agent, what, obs[:, :cut], neighbors[:, :cut], state, 0 * starts[:, :cut])
     after, _ = outputs_of(agent, what, obs[:, cut:], neighbors[:, cut:], 0 * state, 0 * starts[:, cut:])
-    parameters = [parameter for name, parameter in agent.named_parameters() if "memory" in name]
+    parameters = [parameter for name, parameter in agent.named_parameters() if "lstms" in name]
     weight = torch.randn_like(outputs)
     losses = (outputs * weight).sum(), (torch.cat([before, after], dim=1) * weight).sum()
     got, expected = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
@@ -467,7 +468,7 @@ def test_values_of_a_run_are_those_of_memory_that_never_breaks_within_an_episode
     assert (tmp_path / "seen.pt").exists(), result.output
     made = envs.make_vec("VmasNavigation", 1, 0, n_agents=SMALL["n_agents"])
     agent = Agent(Args(**args), made)
-    state = torch.zeros(2, SMALL["num_envs"], SMALL["n_agents"], agent.actor_memory.lstms[0].hidden_size)
+    state = torch.zeros(2, SMALL["num_envs"], SMALL["n_agents"], agent.actor.lstms[0].hidden_size)
     start, cut_off = torch.zeros(SMALL["num_envs"]), 0
     for batch in saved(tmp_path / "seen.pt"):
         agent.load_state_dict(batch["model"])
@@ -742,7 +743,7 @@ def test_help_explains_what_is_new(nursery, tmp_path):
 # The diff
 # ----------------------------------------------------------------------------------------------------------------------
 
-MOST_REMOVED, MOST_ADDED = 24, 79  # lines; memory, and three defaults for another environment, cost no more
+MOST_REMOVED, MOST_ADDED = 23, 70  # lines; memory, and three defaults for another environment, cost no more
 
 
 def test_the_difference_from_ppo_swarm_is_memory_and_nothing_else():
