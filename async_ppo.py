@@ -14,7 +14,7 @@ leaves this fragment in shared memory and goes on with the next. The learner tra
 which they come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from
 ppo_swarm.py:
 
-1. One agent to an environment, actions discrete or continuous; networks of two layers, not shared by actor and critic.
+1. One agent to an environment, actions discrete or continuous; rewards may be scaled, observations normalised.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
    Fragments with more than max_lag are thrown away; an actor that is two fragments ahead waits.
 3. The probability ratio to the policy that acted has two factors (decoupled PPO, arXiv 2110.00641): that of the
@@ -228,12 +228,9 @@ class SquashedNormal:
     """
 
     def __init__(self, mean, logstd, low, high):
-        self.mean, self.logstd, self.low, self.high = mean, logstd, low, high
+        self.mean = self.mode = mean
+        self.logstd, self.low, self.high = logstd, low, high
         self.scale, self.bias = (high - low) / 2, (high + low) / 2
-
-    @property
-    def mode(self):
-        return self.mean
 
     def sample(self, generator=None):
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)  # on the CPU, with any device
@@ -398,24 +395,26 @@ def act(args, seed, learner, channel, learners_ends, fragments, weights, version
     """An actor: for every slot that comes through the channel, fill that fragment and send back (slot, version)."""
     torch.set_num_threads(1)  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
     threading.Thread(target=leave_with, args=(learner,), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):  # they go to all processes of a job, but the learner decides
-        signal.signal(number, signal.SIG_IGN)
+    # They go to all processes of a job, but the learner decides; SIG_IGN would stay with what an environment starts.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     for end in learners_ends:
         end.close()  # each channel has to break when the learner is gone
     try:
         envs = make_vec(args.env_id, args.num_envs // args.num_actors, num_workers=0, **args.env_kwargs)
-        agent, generator = Agent(args, envs), torch.Generator().manual_seed(seed)
-        mine = torch.empty_like(weights[0])
-        nn.utils.vector_to_parameters(mine, agent.parameters())  # makes them views
-        observations, _ = envs.reset(seed=seed)
-        while True:
-            slot = channel.recv()
-            current = -1
-            while current != version.item():  # the learner writes into the other half, unless it is an update ahead
-                current = version.item()
-                mine.copy_(weights[current % 2])
-            observations = collect(agent, envs, observations, generator, fragments[slot])
-            channel.send((slot, current))
+        with contextlib.closing(envs):
+            agent, generator = Agent(args, envs), torch.Generator().manual_seed(seed)
+            mine = torch.empty_like(weights[0])
+            nn.utils.vector_to_parameters(mine, agent.parameters())  # makes them views
+            observations, _ = envs.reset(seed=seed)
+            while True:
+                slot = channel.recv()
+                current = -1
+                while current != version.item():  # the learner writes into the other half, unless an update ahead
+                    current = version.item()
+                    mine.copy_(weights[current % 2])
+                observations = collect(agent, envs, observations, generator, fragments[slot])
+                channel.send((slot, current))
     except BaseException:  # an EOFError, too: the learner has closed its end of the pipe
         with contextlib.suppress(ConnectionError):  # nobody is left to hear of it
             channel.send(traceback.format_exc())
@@ -544,10 +543,8 @@ if __name__ == "__main__":
     eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
     for name, world in (("env_id", envs), ("eval_env_id", eval_envs)):
         observes, acts = world.single_observation_space, world.single_action_space
-        bounded = isinstance(acts, gym.spaces.Discrete) or (
-            len(acts.shape) == 1 and acts.dtype.kind == "f" and acts.is_bounded()
-        )
-        if len(observes.shape) != 1 or not bounded:
+        real = len(acts.shape) == 1 and acts.dtype.kind == "f" and acts.is_bounded()
+        if len(observes.shape) != 1 or not (isinstance(acts, gym.spaces.Discrete) or real):
             allowed = "an environment of one agent, with vector observations and discrete or bounded real actions"
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must be {allowed}, not {observes} and {acts}")
         if (observes.shape, acts) != (envs.single_observation_space.shape, envs.single_action_space):
@@ -572,7 +569,7 @@ if __name__ == "__main__":
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
         agent.load_state_dict(load(args.evaluate)["model"])
-        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
         print(compare(policies, args.eval_env_id, args.eval_episodes, TEST_SEED, folder, **args.eval_env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
@@ -599,11 +596,14 @@ if __name__ == "__main__":
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(mine["rng"])
         novelty_sums[...] = mine["novelty_sums"]
-        if args.num_actors and rank == 0 and (run_dir / "model.pt").exists():
-            best_score = max(best_score, load(run_dir / "model.pt")["score"])  # it may be newer
+        if rank == 0 and not mine["envs"] and (run_dir / "model.pt").exists():
+            best_score = max(best_score, load(run_dir / "model.pt")["score"])  # it may be newer, of another course
     global_step = first_step = iteration * steps_per_iteration
     if args.num_actors:
         torch.set_num_threads(max(1, torch.get_num_threads() - args.num_actors))
+        if args.env_id in NATIVE_ENVS:  # compile once, here, and not in every actor
+            envs.reset(seed=0)
+            envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))
         actors = Actors(args, envs, weights, iteration, (args.seed, rank, first_step))
     else:  # what an actor has, in this process
         seed = make_seed(args.seed, rank, first_step, 0, 0)
@@ -647,12 +647,13 @@ if __name__ == "__main__":
                 owners, fragments, lags = zip(*actors.take(args.num_actors), strict=True)
             except RuntimeError:
                 if checkpoint and rank == 0:
+                    writer.flush()  # as below
                     save(checkpoint, run_dir / "checkpoint.pt")
                 raise
         else:
             observations = collect(agent, envs, observations, generator, fragment)
             owners, fragments, lags = (0,), (fragment,), (0,)
-        rollout_end = time.time()
+        update_start = time.time()
         obs, final_obs, actions, logprobs, rewards, terminations, truncations, stats = (
             torch.cat([torch.from_numpy(part[name]) for part in fragments], dim=1).to(device)
             for name in ("obs", "final_obs", "actions", "logprobs", "rewards", "terminations", "truncations", "stats")
@@ -667,14 +668,13 @@ if __name__ == "__main__":
             b_next_obs, rewards = next_obs.flatten(0, 1), torch.cat([rewards, novelty.unsqueeze(-1)], dim=-1)
             dones = torch.cat([dones, torch.zeros_like(dones)], dim=-1)  # as in the paper, across episodes
         cut_off = truncations & ~terminations
-        final_values, rhos = torch.zeros_like(rewards), torch.ones_like(rewards[..., :1])
+        final_values = torch.zeros_like(rewards)
         with torch.no_grad():
             values = agent.get_value(obs)
             final_values[cut_off] = agent.get_value(final_obs[cut_off])
             old_logprobs = agent.get_policy(obs[:-1]).log_prob(actions) if any(lags) else logprobs  # before the update
             lag_ratios = (old_logprobs - logprobs).exp()  # to the policy that acted, 1 without a lag
-            if args.vtrace:
-                rhos = lag_ratios.clamp(max=1).unsqueeze(-1)
+            rhos = (lag_ratios.clamp(max=1) if args.vtrace else torch.ones_like(lag_ratios)).unsqueeze(-1)
         values, last_value = values[:-1], values[-1]
         advantages, returns = compute_gae(
             rewards, values, last_value, final_values, dones, rhos, gammas, args.gae_lambda
@@ -682,7 +682,6 @@ if __name__ == "__main__":
         advantages = (advantages * coefs).sum(-1)
 
         # Update
-        update_start = time.time()
         b_obs, b_actions, b_logprobs, b_lag_ratios, b_advantages, b_returns, b_values = (
             x.flatten(0, 1) for x in (obs[:-1], actions, old_logprobs, lag_ratios, advantages, returns, values)
         )
@@ -714,7 +713,7 @@ if __name__ == "__main__":
             with torch.set_grad_enabled(args.ent_coef > 0):  # at 0 it is only logged, and its gradient a waste of time
                 entropy = policy.entropy().mean()
             loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-            if args.rnd_coef and len(losses) < args.num_minibatches:  # once a batch, or soon nothing would be novel
+            if args.rnd_coef and len(losses) < args.num_minibatches:  # once a batch, or soon nothing is novel
                 loss = loss + agent.novelty(b_next_obs.index_select(0, mb_inds), agent.obs_stats).mean()
 
             losses.append(torch.stack([v_loss, pg_loss, entropy]).detach())
@@ -752,9 +751,9 @@ if __name__ == "__main__":
             scalars["charts/discarded"] = actors.discarded if args.num_actors else 0  # fragments, up to now
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/SPS"] = (global_step - first_step) / (now - start_time)  # all costs included
-            scalars["charts/rollout_seconds"] = rollout_end - rollout_start  # of an asynchronous learner: idle
+            scalars["charts/rollout_seconds"] = update_start - rollout_start  # of an asynchronous learner: idle
             scalars["charts/update_seconds"] = now - update_start
-            scalars["charts/idle"] = (rollout_end - rollout_start) / (now - rollout_start)
+            scalars["charts/idle"] = (update_start - rollout_start) / (now - rollout_start)
             for name, value in episodes.items():
                 tag = {"r": "charts/episodic_return", "l": "charts/episodic_length"}.get(name, f"episode/{name}")
                 scalars[tag] = np.mean(value)
@@ -762,9 +761,8 @@ if __name__ == "__main__":
                 writer.add_scalar(tag, float(value), global_step)
             progress.update(steps_per_iteration)
             if episodes:
-                progress.set_postfix_str(
-                    f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}", refresh=False
-                )
+                postfix = f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}"
+                progress.set_postfix_str(postfix, refresh=False)
 
         # Evaluate
         finished = iteration == num_iterations
@@ -785,7 +783,7 @@ if __name__ == "__main__":
 
         # Checkpoint: put together after every iteration, because failing actors end the run before the next one's end
         stopping = average(torch.tensor(float(len(stop)), device=device), world_size) > 0  # on all ranks or none
-        mine = {"rng": torch.get_rng_state(), "novelty_sums": novelty_sums, "envs": {}}
+        mine = {"rng": torch.get_rng_state(), "novelty_sums": novelty_sums.cpu(), "envs": {}}
         if not args.num_actors:
             mine["generator"] = generator.get_state()
             if args.env_id in NATIVE_ENVS:

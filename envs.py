@@ -1,22 +1,23 @@
 """Environments for reinforcement learning in swarms: numba kernels that step a whole batch at once.
 
-In order, each section complete in itself:
+In order:
 
-    Contract        `make_vec`, the one way in, and what every environment promises
+    Contract        `make_vec`, the one way in, what every environment promises, and the base of the native ones
     Randomness      one counter-based generator per environment
     Swarm           flocking in a periodic box: constants, state, kernels, class
     LidarNavigation robots with wheels and a lidar among walls and obstacles: the same
     VmasNavigation  the navigation scenario of VMAS, step for step
     Lunar Lander    Gymnasium's LunarLander-v3, its Box2D physics included: the same parts
-    Baselines       the Vicsek model, a lidar driver and random actions, as policies
+    Baselines       the Vicsek model, two lidar drivers and random actions, as policies
     Evaluation      held-out episodes, the comparison table, plot and side-by-side video
     Runs            files that survive a crash, and finding the unfinished run to go on with
     Adapters        one native environment alone, as Gymnasium's `Env` or PettingZoo's `ParallelEnv`
     Vectorizer      any environment on a pool of forked workers, batches in shared memory
 
-Units: lengths in the environment's own unit, angles in radians, times in its own or in steps. Arrays are C-contiguous;
-`num_envs` comes first, then `n_agents`. Everything a policy sees or gives is float32; physics is float64,
-but Box2D's float32 in Lunar Lander.
+Units: lengths in the environment's own unit, angles in radians, times in its own or in steps. Arrays that are returned
+are C-contiguous; `num_envs` comes first, then `n_agents`. Observations and continuous actions are float32, discrete
+actions and indices integers (as are Gymnasium's integer observations); physics is float64, but Box2D's float32 in Lunar
+Lander.
 """
 
 import contextlib
@@ -67,10 +68,13 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
 
     Every environment made here keeps the same promises:
 
-    - `step` resets an episode that ended in that same step: the returned observation is the next episode's first, and
-      `infos["final_obs"]` (num_envs, ...) holds the ended episode's last, valid where `infos["_final_obs"]` is True.
+    - `step` returns observations (num_envs, ...), rewards (num_envs,) or, unlike Gymnasium's, (num_envs, n_agents) of
+      many agents, terminations and truncations (num_envs,), and infos.
+    - It resets an episode that ended in that same step: the returned observation is the next episode's first, and
+      `infos["final_obs"]` (num_envs, ...) holds the ended episode's last, valid where `infos["_final_obs"]` is True;
+      "final_info" and "_final_info" likewise, of the other infos.
     - `infos["episode"]` has the return "r", the length "l" and the environment's own metrics, each (num_envs,), valid
-      where `infos["_episode"]` is True. Both are present only on steps in which an episode ended.
+      where `infos["_episode"]` is True. All of these are present only on steps in which an episode ended.
     - Returned arrays are copies: the next step leaves them as they are.
     - The same seed gives the same trajectories for any number of workers. With a list of seeds, each environment goes
       as it would alone with its own.
@@ -88,6 +92,8 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
         known = [name for name in inspect.signature(make_slice).parameters if name not in ("num_envs", "first_env")]
         for name in set(env_kwargs) - set(known):
             raise ValueError(f"{name} is {env_kwargs[name]!r}: {env_id} has no such argument, but {', '.join(known)}")
+    for name in {"first_env", "disable_env_checker"} & set(env_kwargs):
+        raise ValueError(f"{name} is {env_kwargs[name]!r}: it is set here, and must be left out")
     make_slice = partial(make_slice, render_mode=render_mode, **env_kwargs)
     if render_mode == "human" and num_workers:
         raise ValueError(f"num_workers is {num_workers}: a window (render_mode 'human') needs 0")
@@ -158,6 +164,34 @@ def _within(actions, start, count):
     return outside == 0
 
 
+def _valid_start(options, envs, num_envs):
+    """The arrays in `options` that give a start, of the shapes and within the bounds that `envs` names."""
+    unknown = set(options) - set(envs.start_shapes)
+    if unknown:
+        raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(envs.start_shapes)}")
+    start = {}
+    for name, value in options.items():
+        shape = (num_envs, *envs.start_shapes[name][1:])
+        given = start[name] = _array(f"options[{name!r}]", value, shape, np.float64)
+        low, high = envs.start_bounds.get(name, (-math.inf, math.inf))
+        outside = np.argwhere((given < low) | (given > high))
+        if len(outside):
+            at = tuple(outside[0].tolist())
+            allowed = f"from {low:g} to {np.broadcast_to(high, shape)[at]:g}"
+            raise ValueError(f"options[{name!r}]{list(at)} is {given[at]:g}: it must be {allowed}")
+    return start
+
+
+def _valid_state(state, like, num_envs):
+    """The arrays in `state`, of the names, and for each environment the shapes and types, of those in `like`."""
+    if set(state) != set(like):
+        raise ValueError(f"state has {sorted(state)}: it must hold {sorted(like)}")
+    return {
+        name: _array(f"state[{name!r}]", state[name], (num_envs, *array.shape[1:]), array.dtype)
+        for name, array in like.items()
+    }
+
+
 def _valid_seed(seed, num_envs):
     """None, a seed, or a list of seeds, one for each environment."""
     if isinstance(seed, list | tuple):
@@ -177,11 +211,27 @@ def _pop_identical(options, seed):
     return max(int(group), 1)
 
 
-def _check_steppable(envs):
+def _check_open(envs):
     if envs.closed:
-        raise gym.error.ClosedEnvironmentError("step after close: make new environments")
+        raise gym.error.ClosedEnvironmentError("these environments are closed: make new ones")
+
+
+def _check_steppable(envs):
+    _check_open(envs)
     if not envs.started:
         raise gym.error.ResetNeeded("step before reset: reset first")
+
+
+def _make_buffers(num_envs, observation_space, reward_shape, stat_names):
+    """What a batch writes a step into, first of all; a native environment adds its infos."""
+    return {
+        "observations": np.zeros((num_envs, *observation_space.shape), observation_space.dtype),
+        "final_observations": np.zeros((num_envs, *observation_space.shape), observation_space.dtype),
+        "rewards": np.zeros((num_envs, *reward_shape), np.float32),
+        "terminations": np.zeros(num_envs, bool),
+        "truncations": np.zeros(num_envs, bool),
+        "stats": np.zeros((num_envs, len(stat_names))),
+    }
 
 
 def _collect(buffers, info_names, stat_names):
@@ -205,16 +255,17 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         actions      (num_envs, n_agents, act_dim)     terminations, truncations (num_envs,)
 
     A subclass declares its spaces to `__init__`; sets `state`, a NamedTuple of arrays (num_envs first) that holds all
-    the future depends on, among them `rng` (num_envs, 2); names the arrays a start may be given as, with their
-    shapes, in `start_shapes`; and has `restart(start)` (new episodes), `observe()` (state to buffers),
-    `advance(actions)` (one step, into buffers) and `draw(env)` (a picture). The vectorizer puts views of shared memory
-    in the place of `buffers`; `first_env` is the index of this slice's first environment in the whole batch, so that
-    every environment's randomness is its own.
+    the future depends on, among them `rng` (num_envs, 2); names the arrays a start may be given as, with their shapes,
+    in `start_shapes`, and where a start has bounds {name: (low, high)}, in `start_bounds`; and has `restart(start)`
+    (new episodes), `observe()` (state to buffers), `advance(actions)` (one step, into buffers) and `draw(env)` (a
+    picture). The vectorizer puts views of shared memory in the place of `buffers`; `first_env` is the index of this
+    slice's first environment in the whole batch, so that every environment's randomness is its own.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"], "render_fps": 30}
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
     stat_names = ("r", "l")  # columns of buffers["stats"]
+    start_bounds = {}
 
     def __init__(self, num_envs, observation_space, action_space, render_mode=None, first_env=0):
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -225,28 +276,16 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
-        self.buffers = {
-            "observations": np.zeros((num_envs, *observation_space.shape), np.float32),
-            "final_observations": np.zeros((num_envs, *observation_space.shape), np.float32),
-            "rewards": np.zeros((num_envs, *observation_space.shape[:-1]), np.float32),
-            "terminations": np.zeros(num_envs, bool),
-            "truncations": np.zeros(num_envs, bool),
-            "stats": np.zeros((num_envs, len(self.stat_names))),
-        }
+        self.buffers = _make_buffers(num_envs, observation_space, observation_space.shape[:-1], self.stat_names)
         self.window = None
         self.started = False
 
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
+        _check_open(self)
         seed, options = _valid_seed(seed, self.num_envs), dict(options or {})
         group = _pop_identical(options, seed)
-        unknown = set(options) - set(self.start_shapes)
-        if unknown:
-            raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(self.start_shapes)}")
-        start = {
-            name: _array(f"options[{name!r}]", value, self.start_shapes[name], np.float64)
-            for name, value in options.items()
-        }
+        start = _valid_start(options, self, self.num_envs)
         if seed is not None or not self.started:
             seed = np.random.SeedSequence().entropy % 2**63 if seed is None else seed
             seeds = np.broadcast_to(np.uint64(seed), self.num_envs)
@@ -270,16 +309,15 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     def get_state(self):
         """All that the future depends on, as a dict of arrays, num_envs first."""
+        _check_open(self)
         return {name: array.copy() for name, array in self.state._asdict().items()}
 
     def set_state(self, state):
         """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
+        _check_open(self)
         arrays = self.state._asdict()
-        if set(state) != set(arrays):
-            raise ValueError(f"state has {sorted(state)}: it must hold {sorted(arrays)}")
-        given = {name: _array(f"state[{name!r}]", state[name], old.shape, old.dtype) for name, old in arrays.items()}
-        for name, array in arrays.items():
-            array[...] = given[name]
+        for name, given in _valid_state(state, arrays, self.num_envs).items():
+            arrays[name][...] = given
         self.started = True
         return self._observed()
 
@@ -290,6 +328,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     def render(self):
         """One (height, width, 3) uint8 picture per environment; "human" shows the first one in a window instead."""
+        _check_open(self)
         if self.render_mode is None:
             raise ValueError("render_mode is None: give 'rgb_array' or 'human' to make_vec")
         if self.render_mode == "rgb_array":
@@ -670,6 +709,8 @@ def _cells_along(box_size, reach, count):
 
 class Swarm(NativeVectorEnv):
     """Self-propelled agents at constant speed in a periodic box, after Vicsek et al., PRL 75, 1226 (1995).
+
+    Unlike there, an agent moves along its new heading, not the old. "Published" is Equivariant RL Swarm (see README).
 
     Action (num_envs, n_agents, 1): the turn of this step, in [-max_turn, max_turn] rad; then one step straight ahead.
     Observation (num_envs, n_agents, 5 * n_neighbors + 9), all in the agent's own frame, so that moving or turning the
@@ -1255,7 +1296,7 @@ class LidarNavigation(NativeVectorEnv):
     n_obstacles, 3: x, y, radius)})` gives any part of the start; the episodes after it start at random again. A robot
     given a place that something else occupies is pushed clear by the first step.
 
-    The arena, lidar, robots, rate and goals are those published, 100 pixels to the metre.
+    The arena, lidar, robots, rate and goals are those of Entropy Engine V2 (see README), 100 pixels to the metre.
     """
 
     metadata = NativeVectorEnv.metadata | {"render_fps": round(1.0 / DT)}
@@ -1324,6 +1365,12 @@ class LidarNavigation(NativeVectorEnv):
             "goal": (num_envs, n_agents, 2),
             "obstacle": (num_envs, n_obstacles, 3),
         }
+        corner = np.array([self.params.width, self.params.height])
+        self.start_bounds = {
+            "position": (ROBOT_RADIUS, corner - ROBOT_RADIUS),
+            "goal": (0.0, corner),
+            "obstacle": (0.0, np.append(corner, OBSTACLE_RADII[1])),
+        }
         self.state = LidarState(
             position=np.zeros((num_envs, n_agents, 2)),
             direction=np.zeros((num_envs, n_agents, 2)),
@@ -1352,22 +1399,6 @@ class LidarNavigation(NativeVectorEnv):
             sorted=np.zeros((n_discs, 3)),
             seen=np.zeros((n_discs, 3), np.float32),
         )
-
-    def reset(self, *, seed=None, options=None):
-        corner = np.array([self.params.width, self.params.height])
-        for name, low, high in (
-            ("position", ROBOT_RADIUS, corner - ROBOT_RADIUS),
-            ("goal", 0.0, corner),
-            ("obstacle", 0.0, np.append(corner, OBSTACLE_RADII[1])),
-        ):
-            if name in (options or {}):
-                given = _array(f"options[{name!r}]", options[name], self.start_shapes[name], np.float64)
-                outside = np.argwhere((given < low) | (given > high))
-                if len(outside):
-                    at = tuple(outside[0].tolist())
-                    allowed = f"from {low:g} to {np.broadcast_to(high, given.shape)[at]:g}"
-                    raise ValueError(f"options[{name!r}]{list(at)} is {given[at]:g}: it must be {allowed}")
-        return super().reset(seed=seed, options=options)
 
     def restart(self, start):
         for name in set(start) - {"heading"}:
@@ -1749,7 +1780,7 @@ ZERO, ONE, TWO, HALF = f32(0.0), f32(1.0), f32(2.0), f32(0.5)
 LANDER_FPS = 50  # steps per second
 PIXELS = 30.0  # per metre, Gymnasium's SCALE
 MOON_WIDTH, MOON_HEIGHT = 600 / PIXELS, 400 / PIXELS  # what is seen of it [m]
-CHUNKS = 10  # edges of the terrain, all equally wide
+CHUNKS = 10  # edges of the terrain, all equally wide; Gymnasium's CHUNKS, 11, counts the points between them
 CHUNK_WIDTH = f32(MOON_WIDTH / CHUNKS)
 PAD_HEIGHT = MOON_HEIGHT / 4
 LARGEST_PUSH = 1000.0  # on the lander during the first step, along each axis [N]
@@ -2978,11 +3009,11 @@ class LunarLander(NativeVectorEnv):
     """Gymnasium's LunarLander-v3: land between two flags on the moon, at the origin, gently and with little fuel.
 
     Observation (num_envs, 8): x and y of the lander from the pad, in half-widths of the view and in half-heights; its
-    velocity in Gymnasium's units; angle [rad]; angular velocity [0.4 rad / unit]; whether the right and the left leg
-    (Gymnasium's legs 0 and 1) touch the ground. Action: Discrete(4), nothing, left, main or right engine; with
-    `continuous` (num_envs, 2) in [-1, 1], main engine (off below 0, then half to full power) and side engines (off
-    between -0.5 and 0.5). Gravity is in [-12, 0] m/s^2; with `enable_wind` gusts up to `wind_power` [N] and
-    `turbulence_power` [N m] act on the lander until a leg touches the ground.
+    velocity, of which 1 is 5 m/s along x and 7.5 m/s along y; angle [rad]; angular velocity, of which 1 is 2.5 rad/s;
+    whether the right and the left leg (Gymnasium's legs 0 and 1) touch the ground. Action: Discrete(4), nothing, left,
+    main or right engine; with `continuous` (num_envs, 2) in [-1, 1], main engine (off below 0, then half to full power)
+    and side engines (off between -0.5 and 0.5). Gravity is in [-12, 0] m/s^2; with `enable_wind` gusts up to
+    `wind_power` [N] and `turbulence_power` [N m] act on the lander until a leg touches the ground.
 
     Reward: the increase of -100 distance - 100 speed - 100 |angle| + 10 per leg on the ground, minus 0.3 times the main
     and 0.03 times the side engine's power; instead of it -100 for a crash (the hull touches the ground, or |x| >= 1)
@@ -2998,15 +3029,15 @@ class LunarLander(NativeVectorEnv):
         + 100 [both legs] max(0, 1 - sqrt(speed)) max(0, 1 - x^2)
 
     Episode statistics: "r", "l", and from the last observation "success" (both legs down, speed < 0.1, |x| < 0.2),
-    "landed" (came to rest), "crashed" (the hull touched the ground), "speed" and "x".
+    "landed" (came to rest), "crashed" (the hull touched the ground), "speed" and "x", all in observation units.
 
     `reset(options={"terrain": (num_envs, 12), "push": (num_envs, 2), "position": (num_envs, 2), "angle": (num_envs,)})`
     gives any part of the start: raw heights [m] as Gymnasium draws them, the force in the first step [N], the lander's
-    origin [m] and its angle [rad]. The episodes after it start at random again.
+    origin from the view's lower left corner [m] and its angle [rad]. The episodes after it start at random again.
 
-    With the same draws a flight equals Box2D's to the last bit of float32, and so do most landings. What differs: where
-    a body hits the ground within a step, to Box2D's own tolerance of a millimetre; the order of the two contacts of a
-    body that stands on two edges; and Box2D's flat edge at height 0, under the terrain, is left out.
+    With the same draws a flight equals Box2D's to the last bit of float32, but for rare ones, and so do most landings.
+    What differs: where a body hits the ground within a step, to Box2D's own tolerance of a millimetre; the order of the
+    two contacts of a body that stands on two edges; and Box2D's flat edge at height 0, under the terrain, is left out.
     """
 
     metadata = {**NativeVectorEnv.metadata, "render_fps": LANDER_FPS}
@@ -3142,11 +3173,10 @@ NATIVE_ENVS = {
 
 
 def random_policy(envs, seed=0):
-    """Actions drawn uniformly from the action space."""
-    rng, space, single = np.random.default_rng(seed), envs.action_space, envs.single_action_space
-    if isinstance(single, gym.spaces.Discrete):
-        return lambda observations, infos: single.start + rng.integers(single.n, size=space.shape)
-    return lambda observations, infos: rng.uniform(space.low, space.high).astype(np.float32)
+    """Actions drawn from the action space, uniformly where it has bounds."""
+    space = batch_space(envs.single_action_space, envs.num_envs)  # a copy: seeding it leaves that of `envs` alone
+    space.seed(seed)
+    return lambda observations, infos: space.sample()
 
 
 def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
@@ -3305,14 +3335,20 @@ def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
         lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
     if folder is not None:
         _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
-        if "rgb_array" not in make_vec(env_id, 1, num_workers=0, **env_kwargs).metadata.get("render_modes", ()):
+        metadata = _metadata(env_id, **env_kwargs)
+        if "rgb_array" not in metadata.get("render_modes", ()):
             print(f"no eval.mp4: {env_id} draws no pictures")
             return scores, "\n".join(lines)
         videos = {}
         for name, (make_policy, kwargs) in entries.items():
             videos[f"{name}   {scores[name]:.1f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
-        write_video(videos, f"{folder}/eval.mp4")
+        write_video(videos, f"{folder}/eval.mp4", fps=metadata.get("render_fps") or 25)
     return scores, "\n".join(lines)
+
+
+def _metadata(env_id, **env_kwargs):
+    with contextlib.closing(make_vec(env_id, 1, num_workers=0, **env_kwargs)) as envs:
+        return envs.metadata
 
 
 def _plot_rewards(curves, path):
@@ -3331,15 +3367,16 @@ def _plot_rewards(curves, path):
 
 
 def record(make_policy, env_id, seed, path, **env_kwargs):
-    """A video of one episode."""
+    """A video of one episode, as fast as the environment's "render_fps"; `path` is a Path."""
     frames = evaluate(make_policy, env_id, 1, seed, record=True, **env_kwargs)[2]
-    write_video({path.stem: frames}, str(path))
+    write_video({path.stem: frames}, str(path), fps=_metadata(env_id, **env_kwargs).get("render_fps") or 25)
 
 
 def write_video(videos, path, fps=25, **options):
     """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended.
 
-    `options` go to moviepy, as in codec="gif".
+    frames are pictures (height, width, 3), uint8, of which `fps` are shown in a second; `options` go to moviepy, as in
+    codec="gif".
     """
     import pygame
     from moviepy import VideoClip
@@ -3376,7 +3413,7 @@ def write_video(videos, path, fps=25, **options):
 def save(content, path):
     """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new.
 
-    Where that fails, say on a full disk, it says so and returns False; the training need not end for it.
+    Returns whether that went well; where not, say on a full disk, it says so, and the training need not end for it.
     """
     import torch
 
@@ -3396,7 +3433,11 @@ def save(content, path):
 
 
 def load(path):
-    """weights_only: a file from a stranger holds tensors and plain values, and cannot run code."""
+    """What `save` wrote, a dict with at least "args" and "model", its tensors on the CPU.
+
+    weights_only: a file from a stranger holds tensors and plain values, and cannot run code. FileNotFoundError if there
+    is none, ValueError if it is damaged or something else.
+    """
     import torch
 
     try:
@@ -3409,7 +3450,7 @@ def load(path):
 
 
 def lock(folder):
-    """One process at a time in a run's folder; the lock goes when the process ends, however it ends."""
+    """Whether this process is now the one in a run's folder; the lock goes when it ends, however it ends."""
     import fcntl  # not on Windows
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -3418,7 +3459,8 @@ def lock(folder):
     except BlockingIOError:
         os.close(descriptor)
         return False
-    os.register_at_fork(after_in_child=partial(os.close, descriptor))  # or a child that outlives us would keep the lock
+    owner = os.getpid()  # whose children close their copy, or one that outlives it would keep the lock
+    os.register_at_fork(after_in_child=lambda: os.getppid() == owner and os.close(descriptor))
     return True
 
 
@@ -3626,7 +3668,12 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         for env in range(num_envs):
             # One window is enough, and an environment told to render pays for it at every step.
             wanted = {} if render_mode is None or (render_mode == "human" and env > 0) else {"render_mode": render_mode}
-            self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
+            try:
+                self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
+            except (TypeError, ValueError, AssertionError) as error:
+                if not env_kwargs:
+                    raise
+                raise ValueError(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
         self.spec = self.envs[0].spec
         self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         space, self.single_action_space = self.envs[0].observation_space, self.envs[0].action_space
@@ -3640,20 +3687,12 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space = space
         self.observation_space = batch_space(space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.buffers = {
-            "observations": np.zeros((num_envs, *space.shape), space.dtype),
-            "final_observations": np.zeros((num_envs, *space.shape), space.dtype),
-            "rewards": np.zeros(num_envs, np.float32),
-            "terminations": np.zeros(num_envs, bool),
-            "truncations": np.zeros(num_envs, bool),
-            "stats": np.zeros((num_envs, len(self.stat_names))),
-        }
+        self.buffers = _make_buffers(num_envs, space, (), self.stat_names)
         self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
         self.started = False
 
     def reset(self, *, seed=None, options=None):
-        if self.closed:
-            raise gym.error.ClosedEnvironmentError("reset after close")
+        _check_open(self)
         seed = _valid_seed(seed, self.num_envs)
         options = None if options is None else dict(options)
         group = _pop_identical(options, seed) if options else 1
@@ -3701,6 +3740,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         raise NotImplementedError("Gymnasium environments cannot restore a state; the native ones can")
 
     def render(self):
+        _check_open(self)
         if self.render_mode is None:
             raise ValueError("render_mode is None: give 'rgb_array' or 'human' to make_vec")
         if self.render_mode == "human":
@@ -3782,17 +3822,13 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self._tell(READY)
 
     def reset(self, *, seed=None, options=None):
-        seed = _valid_seed(seed, self.num_envs)
+        _check_open(self)
+        seed, own = _valid_seed(seed, self.num_envs), dict(options or {})
         seeds = [seed[part] if isinstance(seed, list) else seed for part in self.shared.slices]
-        parts = [options] * len(self.tasks)
-        if options and isinstance(self.probe, NativeVectorEnv):
-            options = dict(options)
-            group = _pop_identical(options, seed)
-            starts = {name: np.empty(shape) for name, shape in self.probe.start_shapes.items()}
-            unknown = set(options) - set(starts)
-            if unknown:
-                raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(starts)}")
-            parts = [part | {"identical": group} for part in self._split("options", options, starts)]
+        group, parts = _pop_identical(own, seed), [options] * len(self.tasks)
+        if isinstance(self.probe, NativeVectorEnv):
+            start = _valid_start(own, self.probe, self.num_envs)
+            parts = [part | {"identical": group} for part in self._split(start)]
         pairs = zip(seeds, parts, strict=True)
         self._tell(CALL, [methodcaller("reset", seed=own, options=part) for own, part in pairs])
         return self._observed()
@@ -3811,10 +3847,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
 
     def set_state(self, state):
         """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
-        arrays = self.probe.get_state()
-        if set(state) != set(arrays):
-            raise ValueError(f"state has {sorted(state)}: it must hold {sorted(arrays)}")
-        self._tell(CALL, [methodcaller("set_state", part) for part in self._split("state", state, arrays)])
+        state = _valid_state(state, self.probe.get_state(), self.num_envs)
+        self._tell(CALL, [methodcaller("set_state", part) for part in self._split(state)])
         return self._observed()
 
     def render(self):
@@ -3825,6 +3859,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
     def close_extras(self, **kwargs):
         if os.getpid() != self.shared.owner:  # a copy of this object in some other fork: not its workers
             return
+        self.probe.close()
         self.stop_workers()
         # A worker that was killed while idle keeps a lock for ever that `terminate` may need: do not wait as long.
         ending = threading.Thread(target=self.pool.terminate, daemon=True)
@@ -3841,8 +3876,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
 
     def _tell(self, order, messages=()):
         """Give every worker an order, and wait. CALL comes with a message for each, and returns their answers."""
-        if self.closed:
-            raise gym.error.ClosedEnvironmentError("the environments are closed")
+        _check_open(self)
         shared = self.shared
         try:
             shared.order[0] = order
@@ -3877,12 +3911,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
             if pid and pid not in alive:
                 raise _death(pid)
 
-    def _split(self, argument, given, like):
-        """One dict per worker with its part of the `given` arrays, each of `like`'s shape and type per environment."""
-        arrays = {
-            name: _array(f"{argument}[{name!r}]", value, (self.num_envs, *like[name].shape[1:]), like[name].dtype)
-            for name, value in given.items()
-        }
+    def _split(self, arrays):
+        """One dict per worker with its part of the arrays."""
         return [{name: array[part] for name, array in arrays.items()} for part in self.shared.slices]
 
     def _observed(self):

@@ -5,14 +5,13 @@
         --env-id SparseLunarLander              a reward at the end only
         --env-id LunarLander-v3 --eval-env-id LunarLander-v3            Gymnasium's own lander, on forked workers
         --evaluate runs/NAME/model.pt --eval-env-id LunarLander-v3      judged by Gymnasium's own lander
-    torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has groups of its own
+    torchrun --nproc-per-node 2 grpo_hybrid.py    data-parallel: each process has groups of its own
     tensorboard --logdir runs
 
 An iteration runs groups of episodes, scores every step against its group instead of a critic, and takes clipped
 policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 
-1. The published alternatives, process and outcome supervision, are multiplied; the sign is positive only if both are.
-   Process: normalised over the episodes alive at the same time step, not over all steps at once, and discounted.
+1. Of process supervision, that of grpo_perstep.py, and outcome supervision the product; positive only if both are.
 2. Published, all of a group answer the same question; here they start in the same state with --identical-g only.
 3. The loss is the mean over a minibatch's steps; published, first over each episode's, so that short ones weigh more.
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
@@ -75,7 +74,7 @@ class Args:
 
     hidden_dim: int = 128  # width of the layers
 
-    total_timesteps: int = 6_000_000  # steps to train for, those of the group's episodes
+    total_timesteps: int = 6_000_000  # steps to train for; those after an episode's end do not count
     learning_rate: float = 2e-3  # the step size of Adam
     num_steps: int = 600  # T, after which an episode is cut off in training
     anneal_lr: bool = True  # lower the learning rate linearly to 0
@@ -84,7 +83,7 @@ class Args:
     hybrid_beta: float = 1.0  # exponent of the step's score
     hybrid_clip: float | None = 10.0  # largest product of the two
     num_minibatches: int = 8  # minibatches in an epoch
-    update_epochs: int = 4  # epochs over a group's episodes
+    update_epochs: int = 4  # epochs over an iteration's episodes
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # how far the probability ratio may move
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -202,7 +201,7 @@ def compute_advantages(rewards, alive, gamma, alpha, beta, clip):
     episode (outcome supervision) is the return, undiscounted, normalised over the group. step (process supervision) is
     the discounted sum, from a step on, of rewards that were normalised over the episodes still alive at each time. The
     advantage is positive only where both are, its size |episode|^alpha |step|^beta, clipped; all that normalised. Where
-    all are rewarded alike, as in CartPole-v1, it is 0.
+    all are rewarded alike, as in CartPole-v1, it is 0, if beta is not.
     """
     rewards = rewards.double()  # rounding errors must not pass for a spread of 1e-8
     episode = normalize((rewards * alive).sum(0), alive[0])  # (group_size,)
@@ -277,12 +276,18 @@ if __name__ == "__main__":
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
         agent.load_state_dict(load(args.evaluate)["model"])
-        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
         print(compare(policies, args.eval_env_id, args.eval_episodes, TEST_SEED, folder, **args.eval_env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
         raise SystemExit
     reference, kl_coef = copy.deepcopy(agent), args.kl_coef
+
+    # Storage
+    shape = (args.num_steps, num_envs)
+    obs = torch.zeros((*shape, *envs.single_observation_space.shape), device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    rewards, alive = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
 
     # The run's folder, a new one or an unfinished run's
     run = [*open_run(asdict(args), world_size)] if rank == 0 else [None, None]
@@ -316,12 +321,6 @@ if __name__ == "__main__":
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-
-    # Storage
-    shape = (args.num_steps, num_envs)
-    obs = torch.zeros((*shape, *envs.single_observation_space.shape), device=device)
-    actions = torch.zeros(shape, dtype=torch.int64, device=device)
-    rewards, alive = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
 
     stopping, finished, start_time = False, global_step >= args.total_timesteps, time.time()
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit_scale=True, disable=rank > 0)
@@ -421,9 +420,8 @@ if __name__ == "__main__":
             scalars["charts/SPS"] = (global_step - first_step) / (now - start_time)  # all costs included
             scalars["charts/rollout_seconds"] = update_start - rollout_start
             scalars["charts/update_seconds"] = now - update_start
-            scalars["charts/episodic_return"] = (
-                (rewards[:length] * alive[:length]).sum(0).mean()
-            )  # of all, the cut off as well
+            returns = (rewards[:length] * alive[:length]).sum(0)  # (num_envs,), of the cut off as well
+            scalars["charts/episodic_return"] = returns.mean()
             scalars["charts/episodic_length"] = batch_size / num_envs
             scalars["charts/cut_off"] = running.mean()  # the share of episodes that were still going on
             for name, value in episodes.items():
@@ -432,9 +430,8 @@ if __name__ == "__main__":
             for tag, value in scalars.items():
                 writer.add_scalar(tag, float(value), global_step)
             progress.update(steps)
-            progress.set_postfix_str(
-                f"SPS {scalars['charts/SPS']:,.0f}, return {scalars['charts/episodic_return']:.2f}", refresh=False
-            )
+            postfix = f"SPS {scalars['charts/SPS']:,.0f}, return {scalars['charts/episodic_return']:.2f}"
+            progress.set_postfix_str(postfix, refresh=False)
 
         # Evaluate
         finished = global_step >= args.total_timesteps

@@ -5,7 +5,7 @@
         --env-id SparseLunarLander              a reward at the end only
         --env-id LunarLander-v3 --eval-env-id LunarLander-v3            Gymnasium's own lander, on forked workers
         --evaluate runs/NAME/model.pt --eval-env-id LunarLander-v3      judged by Gymnasium's own lander
-    torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has groups of its own
+    torchrun --nproc-per-node 2 grpo_perstep.py    data-parallel: each process has groups of its own
     tensorboard --logdir runs
 
 An iteration runs groups of episodes, scores every step against its group instead of a critic, and takes clipped
@@ -74,13 +74,13 @@ class Args:
 
     hidden_dim: int = 128  # width of the layers
 
-    total_timesteps: int = 6_000_000  # steps to train for, those of the group's episodes
+    total_timesteps: int = 6_000_000  # steps to train for; those after an episode's end do not count
     learning_rate: float = 2e-3  # the step size of Adam
     num_steps: int = 600  # T, after which an episode is cut off in training
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.997  # discount
     num_minibatches: int = 8  # minibatches in an epoch
-    update_epochs: int = 4  # epochs over a group's episodes
+    update_epochs: int = 4  # epochs over an iteration's episodes
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # how far the probability ratio may move
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -268,12 +268,18 @@ if __name__ == "__main__":
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
         agent.load_state_dict(load(args.evaluate)["model"])
-        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
         print(compare(policies, args.eval_env_id, args.eval_episodes, TEST_SEED, folder, **args.eval_env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
         raise SystemExit
     reference, kl_coef = copy.deepcopy(agent), args.kl_coef
+
+    # Storage
+    shape = (args.num_steps, num_envs)
+    obs = torch.zeros((*shape, *envs.single_observation_space.shape), device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    rewards, alive = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
 
     # The run's folder, a new one or an unfinished run's
     run = [*open_run(asdict(args), world_size)] if rank == 0 else [None, None]
@@ -307,12 +313,6 @@ if __name__ == "__main__":
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-
-    # Storage
-    shape = (args.num_steps, num_envs)
-    obs = torch.zeros((*shape, *envs.single_observation_space.shape), device=device)
-    actions = torch.zeros(shape, dtype=torch.int64, device=device)
-    rewards, alive = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
 
     stopping, finished, start_time = False, global_step >= args.total_timesteps, time.time()
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit_scale=True, disable=rank > 0)
@@ -411,9 +411,8 @@ if __name__ == "__main__":
             scalars["charts/SPS"] = (global_step - first_step) / (now - start_time)  # all costs included
             scalars["charts/rollout_seconds"] = update_start - rollout_start
             scalars["charts/update_seconds"] = now - update_start
-            scalars["charts/episodic_return"] = (
-                (rewards[:length] * alive[:length]).sum(0).mean()
-            )  # of all, the cut off as well
+            returns = (rewards[:length] * alive[:length]).sum(0)  # (num_envs,), of the cut off as well
+            scalars["charts/episodic_return"] = returns.mean()
             scalars["charts/episodic_length"] = batch_size / num_envs
             scalars["charts/cut_off"] = running.mean()  # the share of episodes that were still going on
             for name, value in episodes.items():
@@ -422,9 +421,8 @@ if __name__ == "__main__":
             for tag, value in scalars.items():
                 writer.add_scalar(tag, float(value), global_step)
             progress.update(steps)
-            progress.set_postfix_str(
-                f"SPS {scalars['charts/SPS']:,.0f}, return {scalars['charts/episodic_return']:.2f}", refresh=False
-            )
+            postfix = f"SPS {scalars['charts/SPS']:,.0f}, return {scalars['charts/episodic_return']:.2f}"
+            progress.set_postfix_str(postfix, refresh=False)
 
         # Evaluate
         finished = global_step >= args.total_timesteps

@@ -1,7 +1,7 @@
 """PPO for swarms: one policy, run by every agent on what it sees itself.
 
     python ppo_swarm.py                         train on Swarm with 10 agents, then compare with Vicsek
-        --n-agents 40 --policy attention        a larger swarm that passes messages
+        --env-id Swarm --policy attention       agents that pass messages to their neighbours
         --critic central                        MAPPO: a critic that sees the whole swarm
         --evaluate runs/NAME/model.pt --n-agents 100
     torchrun --nproc-per-node 2 ppo_swarm.py    data-parallel: each process has environments of its own
@@ -105,8 +105,8 @@ class Args:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
         if self.num_steps * self.num_envs % self.num_minibatches:
             raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
-        if self.num_steps * self.num_envs == self.num_minibatches:  # the advantages of a single step have no deviation
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must be less than num_steps * num_envs")
+        if self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:  # one advantage has no deviation
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: minibatches need two agent-steps or more")
         if "n_agents" in self.env_kwargs:
             raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
@@ -323,7 +323,7 @@ if __name__ == "__main__":
         saved, new = load(args.evaluate)["model"], agent.state_dict()
         saved = {name: weight for name, weight in saved.items() if not name.startswith("critic")}
         agent.load_state_dict({name: new[name] for name in new if name.startswith("critic")} | saved)
-        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
         print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
@@ -478,7 +478,8 @@ if __name__ == "__main__":
                 writer.add_scalar(tag, float(value), global_step)
             progress.update(steps_per_iteration)
             if episodes:
-                progress.set_postfix_str(f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}")
+                postfix = f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}"
+                progress.set_postfix_str(postfix, refresh=False)
 
         # Evaluate
         finished = iteration == num_iterations
@@ -491,9 +492,8 @@ if __name__ == "__main__":
             if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
                 if args.capture_video:
-                    record(
-                        agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / f"{global_step}.mp4", **env_kwargs
-                    )
+                    path = run_dir / f"{global_step}.mp4"
+                    record(agent.make_policy, args.env_id, VALIDATION_SEED, path, **env_kwargs)
             per_step = (stats["r"] / stats["l"]).mean()
             tqdm.write(f"step {global_step:,}: held-out return {score:.2f}, {per_step:.3f} a step{best}")
 

@@ -1,7 +1,7 @@
 """PPO for swarms with memory: ppo_swarm.py, with an LSTM in actor and critic, and other defaults.
 
     python ppo_swarm_lstm.py                    train on LidarNavigation with 10 robots, then compare
-        --n-agents 40 --policy attention        a larger swarm that passes messages
+        --env-id Swarm --policy attention       agents that pass messages to their neighbours
         --critic central                        MAPPO: a critic that sees the whole swarm
         --evaluate runs/NAME/model.pt --n-agents 100
     torchrun --nproc-per-node 2 ppo_swarm_lstm.py    data-parallel: each process has environments of its own
@@ -109,8 +109,8 @@ class Args:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {low} to {high}")
         if self.num_envs % self.num_minibatches:
             raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_envs")
-        if self.num_steps * self.num_envs == self.num_minibatches:  # the advantages of a single step have no deviation
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must be less than num_steps * num_envs")
+        if self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:  # one advantage has no deviation
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: minibatches need two agent-steps or more")
         if "n_agents" in self.env_kwargs:
             raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
@@ -217,7 +217,7 @@ class Agent(nn.Module):
         self.actor = RecurrentTrunk(args, obs_dim, policy_agents)
         self.actor_mean = Linear(args.hidden_dim, act_dim, policy_agents, std=0.01)
         self.actor_logstd = nn.Parameter(torch.full((policy_agents or 1, act_dim), args.init_logstd))
-        self.critic = self.actor if args.share_lstm else RecurrentTrunk(args, obs_dim, critic_agents)
+        self.critic = None if args.share_lstm else RecurrentTrunk(args, obs_dim, critic_agents)
         self.central = args.critic == "central"
         self.critic_value = Linear(args.hidden_dim * (2 if self.central else 1), 1, critic_agents, std=1.0)
         low, high = torch.tensor(envs.single_action_space.low[0]), torch.tensor(envs.single_action_space.high[0])
@@ -225,7 +225,7 @@ class Agent(nn.Module):
         self.register_buffer("action_bias", (high + low) / 2, persistent=False)
 
     def get_value(self, obs, neighbors, state, starts):
-        features, state = self.critic(obs, neighbors, state, starts)
+        features, state = (self.critic or self.actor)(obs, neighbors, state, starts)
         if self.central:
             features = torch.cat([features, features.mean(dim=1, keepdim=True).expand_as(features)], dim=-1)
         return self.critic_value(features).view(obs.shape[:-1]), state
@@ -364,7 +364,7 @@ if __name__ == "__main__":
         saved, new = load(args.evaluate)["model"], agent.state_dict()
         saved = {name: weight for name, weight in saved.items() if not name.startswith("critic")}
         agent.load_state_dict({name: new[name] for name in new if name.startswith("critic")} | saved)
-        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
         print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
@@ -524,7 +524,8 @@ if __name__ == "__main__":
                 writer.add_scalar(tag, float(value), global_step)
             progress.update(steps_per_iteration)
             if episodes:
-                progress.set_postfix_str(f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}")
+                postfix = f"SPS {scalars['charts/SPS']:,.0f}, return {np.mean(episodes['r']):.2f}"
+                progress.set_postfix_str(postfix, refresh=False)
 
         # Evaluate
         finished = iteration == num_iterations
@@ -537,9 +538,8 @@ if __name__ == "__main__":
             if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
                 if args.capture_video:
-                    record(
-                        agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / f"{global_step}.mp4", **env_kwargs
-                    )
+                    path = run_dir / f"{global_step}.mp4"
+                    record(agent.make_policy, args.env_id, VALIDATION_SEED, path, **env_kwargs)
             per_step = (stats["r"] / stats["l"]).mean()
             tqdm.write(f"step {global_step:,}: held-out return {score:.2f}, {per_step:.3f} a step{best}")
 

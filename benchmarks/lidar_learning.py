@@ -104,7 +104,8 @@ def judge(script, cwd, **env_kwargs):
 
 def evaluated(make_policy, **env_kwargs):
     stats, _, _ = envs.evaluate(make_policy, "LidarNavigation", 100, ppo_swarm.TEST_SEED, **env_kwargs)
-    stats["collisions_per_goal"] = stats["collisions"].sum() / max(stats["goals"].sum(), 1)  # not the mean of ratios
+    goals = stats["goals"].sum() or np.nan
+    stats["collisions_per_goal"] = stats["collisions"].sum() / goals  # not the mean of ratios
     return {name: float(np.mean(stats[name])) for name in METRICS}
 
 

@@ -74,6 +74,11 @@ class Paced(gym.Env):
                 print(seed, file=file)
         return self.observe(), {}
 
+    def close(self):
+        if self.note_seeds and multiprocessing.current_process().daemon:
+            with open("closed.txt", "a") as file:
+                print("closed", file=file)
+
     def observe(self):
         return self.np_random.normal(size=3).astype(np.float32)
 
@@ -898,6 +903,20 @@ def test_signals_stop_an_asynchronous_run_and_the_same_command_goes_on_in_other_
     assert contents(result.folder)[-1] == "model.pt"
     seeds = (tmp_path / "seeds.txt").read_text().split()
     assert len(seeds) == len(set(seeds)) == 3 * NUM_ENVS  # or the actors would live through the same again
+    assert (tmp_path / "closed.txt").read_text().split() == ["closed"] * 3 * NUM_ENVS
+
+
+def test_a_run_without_actors_that_cannot_repeat_itself_keeps_a_better_model(nursery, tmp_path):
+    args = SLOWED | dict(num_actors=0, num_workers=2)
+    with started(tmp_path, args) as run:
+        folder = run.wait_for("*/checkpoint.pt").parent
+        os.kill(run.process.pid, signal.SIGTERM)
+        assert run.finish().code == 0
+    found = saved(folder / "checkpoint.pt")
+    torch.save({"args": found["args"], "model": found["model"], "score": math.inf}, folder / "model.pt")
+    result = gone_on(nursery, tmp_path, args)
+    assert "resumed at" in result.output and result.folder == folder
+    assert saved(folder / "model.pt")["score"] == math.inf
 
 
 def test_a_synchronous_run_killed_twice_ends_with_identical_weights_and_curves(nursery, finished, tmp_path):

@@ -862,6 +862,8 @@ def decoded(path):
 def test_the_video_shows_three_swarms_that_start_alike_and_go_their_own_ways(finished):
     frames = decoded(finished.own / "eval.mp4")
     assert abs(len(frames) - 50) <= 1  # a frame for each step of the episode
+    shown = next(imageio_ffmpeg.read_frames(str(finished.own / "eval.mp4")))
+    assert shown["fps"] == envs.Swarm.metadata["render_fps"]
     panels = np.split(frames, 3, axis=2)
     for panel in panels:
         assert np.abs(panel[0] - panel[len(panel) // 2]).max() > 100  # agents have moved
@@ -1486,9 +1488,10 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused():
         Args(num_envs=12, num_steps=32, num_minibatches=5)
 
 
-def test_minibatches_of_one_step_whose_advantages_have_no_deviation_are_refused():
-    with pytest.raises(ValueError, match=r"num_minibatches is 384: it must be less than num_steps \* num_envs"):
-        Args(num_envs=12, num_steps=32, num_minibatches=384)
+def test_minibatches_of_one_advantage_which_has_no_deviation_are_refused():
+    with pytest.raises(ValueError, match="num_minibatches is 384: minibatches need two agent-steps or more"):
+        Args(num_envs=12, num_steps=32, num_minibatches=384, n_agents=1)
+    Args(num_envs=12, num_steps=32, num_minibatches=384, n_agents=2)
 
 
 NO_NEIGHBOURS = """

@@ -117,7 +117,7 @@ def stepwise(function, obs, neighbors, state, starts):
 
 def literal(agent, what, obs, neighbors, state, starts):
     """Means or values: the trunk, which test_ppo_swarm.py tests, the literal LSTM, and the last layer."""
-    trunk = agent.actor if what == "mean" else agent.critic
+    trunk = agent.actor if what == "mean" else agent.critic or agent.actor
     features = [Trunk.forward(trunk, obs[:, step], neighbors[:, step]) for step in range(obs.shape[1])]
     features, state = literal_lstm(trunk.lstms, torch.stack(features, dim=1), state, starts)
     if what == "mean":

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -370,6 +371,43 @@ def test_bad_starts_and_states_are_refused_and_leave_the_pool_usable(num_workers
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("env_id", "options", "message"),
+    [
+        (
+            "LidarNavigation",
+            {"goal": np.full((4, 10, 2), 9.0)},
+            r"\['goal'\]\[0, 0, 0\] is 9: it must be from 0 to 8",
+        ),
+        ("LidarNavigation", {"identical": -1}, r"options\['identical'\] is -1"),
+        ("CartPole-v1", {"identical": 1.5}, r"options\['identical'\] is 1.5"),
+        ("CartPole-v1", {"identical": 2}, r"options\['identical'\] is 2.*needs one seed"),
+    ],
+)
+def test_options_that_only_the_environment_can_judge_leave_the_pool_usable(env_id, options, message, num_workers):
+    made = envs.make_vec(env_id, 4, num_workers)
+    before, _ = made.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        made.reset(options=options)
+    np.testing.assert_array_equal(made.reset(seed=0)[0], before)
+    made.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("env_kwargs", "message"),
+    [
+        ({"gears": 5}, r"env_kwargs is \{'gears': 5\}: CartPole-v1 refuses it"),
+        ({"first_env": 5}, "first_env is 5: it is set here"),
+        ({"disable_env_checker": False}, "disable_env_checker is False: it is set here"),
+    ],
+)
+def test_arguments_that_gymnasium_refuses_are_named(env_kwargs, message, num_workers):
+    with pytest.raises(ValueError, match=message):
+        envs.make_vec("CartPole-v1", 2, num_workers, **env_kwargs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_gymnasium_environments_cannot_be_saved(num_workers):
     made, actions = scripted(4, num_workers)
     with pytest.raises(NotImplementedError, match="Gymnasium environments"):
@@ -381,18 +419,21 @@ def test_gymnasium_environments_cannot_be_saved(num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_step_before_reset_and_after_close(num_workers):
-    made = envs.make_vec("CartPole-v1", 4, num_workers)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander"])
+def test_step_before_reset_and_after_close(env_id, num_workers):
+    made = envs.make_vec(env_id, 4, num_workers, render_mode="rgb_array")
     with pytest.raises(gym.error.ResetNeeded, match="before reset"):
         made.step([0] * 4)
     made.reset()
     made.step([0] * 4)
     made.close()
     made.close()
-    with pytest.raises(gym.error.ClosedEnvironmentError, match="after close"):
-        made.step([0] * 4)
-    with pytest.raises(gym.error.ClosedEnvironmentError, match="close"):
-        made.reset()
+    calls = [lambda: made.step([0] * 4), made.reset, made.render]
+    if env_id == "LunarLander":
+        calls += [made.get_state, lambda: made.set_state({})]
+    for call in calls:
+        with pytest.raises(gym.error.ClosedEnvironmentError, match="these environments are closed"):
+            call()
 
 
 # How many workers ----------------------------------------------------------------------------------------------------
@@ -721,6 +762,21 @@ made.close()
     with Script(text) as script:
         script.ready()
         assert script.end() == (0, "[1.0, 1.0] 2\n", "")
+
+
+def test_random_actions_are_of_the_space_of_any_kind():
+    spaces = [
+        gym.spaces.Discrete(3, start=5),
+        gym.spaces.Box(-2, 3, (2,), np.float32),
+        gym.spaces.Box(0, 9, (2,), np.int64),
+        gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    ]
+    for space in spaces:
+        batch = gym.vector.utils.batch_space(space, 50)
+        draw = [envs.random_policy(SimpleNamespace(single_action_space=space, num_envs=50), seed) for seed in (1, 1, 2)]
+        first, same, other = (policy(None, None) for policy in draw)
+        assert batch.contains(first) and np.array_equal(first, same) and not np.array_equal(first, other)
+        assert len(np.unique(first)) > 2
 
 
 def test_evaluation_gives_up_an_episode_that_no_time_limit_ends(monkeypatch):
