@@ -265,7 +265,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"], "render_fps": 30}
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
     stat_names = ("r", "l")  # columns of buffers["stats"]
-    start_bounds = {}
+    start_shapes, start_bounds = {}, {}
 
     def __init__(self, num_envs, observation_space, action_space, render_mode=None, first_env=0):
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -1540,16 +1540,19 @@ def _vmas_reset(env, state):
 
 
 @kernel
-def _vmas_move(actions, position, velocity, force):
-    """One step of one world: the actions (n_agents, 2) are forces, touching agents push each other apart."""
-    n_agents = position.shape[0]
+def _vmas_move(env, actions, position, velocity, force):
+    """One step of one world: the actions are forces, touching agents push each other apart.
+
+    Here and below the whole arrays and an index: to cut out the part of one world would take as long as its physics.
+    """
+    n_agents = position.shape[1]
     for substep in range(VMAS_SUBSTEPS):
         for i in range(n_agents):
-            force[i, 0] = min(max(np.float64(actions[i, 0]), -1.0), 1.0)
-            force[i, 1] = min(max(np.float64(actions[i, 1]), -1.0), 1.0)
+            force[i, 0] = min(max(np.float64(actions[env, i, 0]), -1.0), 1.0)
+            force[i, 1] = min(max(np.float64(actions[env, i, 1]), -1.0), 1.0)
         for i in range(n_agents):
             for j in range(i):
-                dx, dy = position[i, 0] - position[j, 0], position[i, 1] - position[j, 1]
+                dx, dy = position[env, i, 0] - position[env, j, 0], position[env, i, 1] - position[env, j, 1]
                 squared = dx * dx + dy * dy
                 if squared <= (2.0 * VMAS_RADIUS) ** 2:
                     distance = math.sqrt(squared)
@@ -1562,56 +1565,55 @@ def _vmas_move(actions, position, velocity, force):
         kept = 1.0 - VMAS_DRAG if substep == 0 else 1.0
         for i in range(n_agents):
             for axis in range(2):
-                velocity[i, axis] = kept * velocity[i, axis] + VMAS_DT * force[i, axis]
-                position[i, axis] += VMAS_DT * velocity[i, axis]
+                velocity[env, i, axis] = kept * velocity[env, i, axis] + VMAS_DT * force[i, axis]
+                position[env, i, axis] += VMAS_DT * velocity[env, i, axis]
 
 
 @kernel
-def _vmas_see(dx, dy, own, other):
-    """Enter two agents, the other (dx, dy) away, in each other's lidar readings (VMAS_RAYS,).
+def _vmas_see(env, i, j, dx, dy, observations):
+    """Enter two agents, j (dx, dy) away from i, in each other's lidar readings.
 
     A ray of one and the opposite ray of the other lie along parallel lines and read the same.
     """
     half = VMAS_RAYS // 2
-    for k in range(half):  # choices instead of branches, which would mispredict
+    for k in range(half):
         along, aside = dx * VMAS_COS[k] + dy * VMAS_SIN[k], dx * VMAS_SIN[k] - dy * VMAS_COS[k]
         chord = VMAS_RADIUS**2 - aside * aside
-        reading = VMAS_RANGE - abs(along) + math.sqrt(max(chord, 0.0))
-        reading = np.float32(reading if chord > 0.0 else 0.0)
-        ahead = reading if along > 0.0 else np.float32(0.0)
-        behind = reading if along < 0.0 else np.float32(0.0)
-        own[k], other[k + half] = max(own[k], ahead), max(other[k + half], ahead)
-        own[k + half], other[k] = max(own[k + half], behind), max(other[k], behind)
+        if chord > 0.0 and along != 0.0:
+            reading = np.float32(VMAS_RANGE - abs(along) + math.sqrt(chord))
+            ahead, behind = (6 + k, 6 + half + k) if along > 0.0 else (6 + half + k, 6 + k)
+            observations[env, i, ahead] = max(observations[env, i, ahead], reading)
+            observations[env, j, behind] = max(observations[env, j, behind], reading)
 
 
 @kernel
-def _vmas_observe(position, velocity, goal, touching, observations):
+def _vmas_observe(env, position, velocity, goal, touching, observations):
     """What the agents of one world see, and how many others each touches."""
-    n_agents = position.shape[0]
+    n_agents = position.shape[1]
     for i in range(n_agents):
         touching[i] = 0.0
         for axis in range(2):
-            observations[i, axis] = position[i, axis]
-            observations[i, 2 + axis] = velocity[i, axis]
-            observations[i, 4 + axis] = position[i, axis] - goal[i, axis]
+            observations[env, i, axis] = position[env, i, axis]
+            observations[env, i, 2 + axis] = velocity[env, i, axis]
+            observations[env, i, 4 + axis] = position[env, i, axis] - goal[env, i, axis]
         for k in range(VMAS_RAYS):
-            observations[i, 6 + k] = 0.0
+            observations[env, i, 6 + k] = 0.0
     for i in range(n_agents):
         for j in range(i):
-            dx, dy = position[j, 0] - position[i, 0], position[j, 1] - position[i, 1]
+            dx, dy = position[env, j, 0] - position[env, i, 0], position[env, j, 1] - position[env, i, 1]
             squared = dx * dx + dy * dy
             if squared < (VMAS_RANGE + VMAS_RADIUS) ** 2:
                 touch = 1.0 if squared <= (2.0 * VMAS_RADIUS) ** 2 else 0.0
                 touching[i], touching[j] = touching[i] + touch, touching[j] + touch
-                _vmas_see(dx, dy, observations[i, 6:], observations[j, 6:])
+                _vmas_see(env, i, j, dx, dy, observations)
 
 
 @kernel
-def _to_goals(position, goal):
+def _to_goals(env, position, goal):
     """The sum of the distances to the goals and the largest one; how many have arrived."""
     total = farthest = arrived = 0.0
-    for i in range(position.shape[0]):
-        dx, dy = position[i, 0] - goal[i, 0], position[i, 1] - goal[i, 1]
+    for i in range(position.shape[1]):
+        dx, dy = position[env, i, 0] - goal[env, i, 0], position[env, i, 1] - goal[env, i, 1]
         distance = math.sqrt(dx * dx + dy * dy)
         total, farthest = total + distance, max(farthest, distance)
         arrived += 1.0 if distance < VMAS_RADIUS else 0.0
@@ -1620,40 +1622,39 @@ def _to_goals(position, goal):
 
 @kernel
 def _vmas_step(actions, params, state, scratch, outputs):
-    n_agents = actions.shape[1]
+    n_agents, totals = actions.shape[1], state.totals
+    position, velocity, goal, observations = state.agent_pos, state.agent_vel, state.goal_pos, outputs.observations
     for env in range(actions.shape[0]):
-        position, velocity, goal = state.agent_pos[env], state.agent_vel[env], state.goal_pos[env]
-        observations, rewards, totals = outputs.observations[env], outputs.rewards[env], state.totals[env]
-        _vmas_move(actions[env], position, velocity, scratch.force)
-        _vmas_observe(position, velocity, goal, scratch.touching, observations)
-        after, farthest, arrived = _to_goals(position, goal)
+        _vmas_move(env, actions, position, velocity, scratch.force)
+        _vmas_observe(env, position, velocity, goal, scratch.touching, observations)
+        after, farthest, arrived = _to_goals(env, position, goal)
 
         progress = params.pos_shaping_factor * (scratch.distance[env] - after)
         final = params.final_reward if farthest < VMAS_GOAL_RADIUS else 0.0
         touching = 0.0
         for i in range(n_agents):
-            rewards[i] = progress + final + params.agent_collision_penalty * scratch.touching[i]
+            outputs.rewards[env, i] = progress + final + params.agent_collision_penalty * scratch.touching[i]
             touching += scratch.touching[i] / n_agents
         collision = params.agent_collision_penalty * touching
-        totals[0] += progress + final + collision
-        totals[1] += 1.0
-        totals[2] += touching
-        totals[3] = arrived / n_agents
-        totals[4] += progress
-        totals[5] += final
-        totals[6] += collision
+        totals[env, 0] += progress + final + collision
+        totals[env, 1] += 1.0
+        totals[env, 2] += touching
+        totals[env, 3] = arrived / n_agents
+        totals[env, 4] += progress
+        totals[env, 5] += final
+        totals[env, 6] += collision
 
         scratch.distance[env] = after
         state.elapsed[env] += 1
         outputs.terminations[env] = arrived == n_agents
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
         if outputs.terminations[env] or outputs.truncations[env]:
-            outputs.final_observations[env] = observations
-            outputs.stats[env] = totals
-            outputs.stats[env, 2] /= totals[1]
+            outputs.final_observations[env] = observations[env]
+            outputs.stats[env] = totals[env]
+            outputs.stats[env, 2] /= totals[env, 1]
             _vmas_reset(env, state)
-            _vmas_observe(position, velocity, goal, scratch.touching, observations)
-            scratch.distance[env], _, _ = _to_goals(position, goal)
+            _vmas_observe(env, position, velocity, goal, scratch.touching, observations)
+            scratch.distance[env], _, _ = _to_goals(env, position, goal)
 
 
 class VmasNavigation(NativeVectorEnv):
@@ -1738,9 +1739,9 @@ class VmasNavigation(NativeVectorEnv):
 
     def observe(self):
         position, velocity, goal = self.state.agent_pos, self.state.agent_vel, self.state.goal_pos
-        for env, observations in enumerate(self.buffers["observations"]):
-            _vmas_observe(position[env], velocity[env], goal[env], self.scratch.touching, observations)
-            self.scratch.distance[env], _, _ = _to_goals(position[env], goal[env])
+        for env in range(self.num_envs):
+            _vmas_observe(env, position, velocity, goal, self.scratch.touching, self.buffers["observations"])
+            self.scratch.distance[env], _, _ = _to_goals(env, position, goal)
 
     def advance(self, actions):
         _vmas_step(actions, self.params, self.state, self.scratch, VmasOutputs(**self.buffers))
