@@ -601,9 +601,8 @@ if __name__ == "__main__":
     global_step = first_step = iteration * steps_per_iteration
     if args.num_actors:
         torch.set_num_threads(max(1, torch.get_num_threads() - args.num_actors))
-        if args.env_id in NATIVE_ENVS:  # compile once, here, and not in every actor
-            envs.reset(seed=0)
-            envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))
+        envs.reset(seed=0)
+        envs.step(envs.action_space.sample())  # kernels are compiled or loaded once, here, and not in every actor
         actors = Actors(args, envs, weights, iteration, (args.seed, rank, first_step))
     else:  # what an actor has, in this process
         seed = make_seed(args.seed, rank, first_step, 0, 0)
