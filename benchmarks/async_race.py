@@ -4,12 +4,12 @@
     python benchmarks/async_race.py CartPole-v1         [--sb3 INTERPRETER] [--seeds 1 2 ... 10]
     python benchmarks/async_race.py LunarLander-v3
 
-From the repository's root; 4 and, with three seeds, 20 minutes. Both play 20 greedy, held-out episodes every so many steps, CartPole-v1 or
-Gymnasium's own LunarLander-v3, and have arrived when the mean return reaches 475 or 200. Printed, for each seed: the
-steps and the seconds from the first one of training; the same seconds plus start-up, from the launch of the process.
-The evaluations are in nobody's time, though during its own async_ppo.py's actors may fill the fragments they have. It
-trains on to the end of its budget: the best policy is then judged on 100 other episodes. Each process has one torch
-thread. Kernels are compiled before.
+From the repository's root; 4 and, with three seeds, 20 minutes. Both play 20 greedy, held-out episodes every so many
+steps, CartPole-v1 or Gymnasium's own LunarLander-v3, and have arrived when the mean return reaches 475 or 200. Printed,
+for each seed: the steps and the seconds from the first one of training; the same seconds plus start-up, from the launch
+of the process. The evaluations are in nobody's time, though during its own async_ppo.py's actors may fill the fragments
+they have. It trains on to the end of its budget: the best policy is then judged on 100 other episodes. Each process has
+one torch thread. Kernels are compiled before.
 """
 
 import argparse
