@@ -3,7 +3,7 @@
     python grpo_perstep.py      train on landers that start anywhere, then compare with random actions
         --identical-g, --no-identical-g         all episodes of a group from one state, or each from its own
         --env-id SparseLunarLander              a reward at the end only
-        --env-id LunarLander-v3 --eval-env-id LunarLander-v3            Gymnasium's own lander, on forked workers
+        --env-id LunarLander-v3                 Gymnasium's own lander, on forked workers
         --evaluate runs/NAME/model.pt --eval-env-id LunarLander-v3      judged by Gymnasium's own lander
     torchrun --nproc-per-node 2 grpo_perstep.py    data-parallel: each process has groups of its own
     tensorboard --logdir runs
@@ -11,7 +11,7 @@
 An iteration runs groups of episodes, scores every step against its group instead of a critic, and takes clipped
 policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 
-1. Rewards are normalised over the episodes alive at a time step, not over all steps at once, and their sum discounted.
+1. Rewards are normalised over the episodes alive at a time step, not over all at once; their discounted sums, again.
 2. Published, all of a group answer the same question; here they start in the same state with --identical-g only.
 3. The loss is the mean over a minibatch's steps; published, first over each episode's, so that short ones weigh more.
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
@@ -64,7 +64,7 @@ class Args:
     env_id: str = "DenseLunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
     # further arguments of the environment, as in: --env-kwargs gravity -9 enable_wind True
     env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
-    eval_env_id: str = "LunarLander"  # the environment that policies are evaluated in
+    eval_env_id: str | None = None  # what policies are evaluated in, None is LunarLander for its variants, else env_id
     # further arguments of eval_env_id, as in: --eval-env-kwargs gravity -9
     eval_env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
     num_groups: int = 1  # groups in an iteration, in each process of a torchrun
@@ -110,6 +110,10 @@ class Args:
         if self.num_minibatches > self.num_groups * self.group_size:
             most = f"{self.num_groups * self.group_size}, all episodes"
             raise ValueError(f"num_minibatches is {self.num_minibatches}: it must be at most {most}")
+        if self.eval_env_id is None:
+            variants = ("DenseLunarLander", "SparseLunarLander")  # these start anywhere: to train on
+            self.eval_env_id = "LunarLander" if self.env_id in variants else self.env_id
+            self.eval_env_kwargs = self.env_kwargs | self.eval_env_kwargs
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))
     if args.evaluate:  # the saved arguments are the defaults: the same network and world but for what is given
         defaults = load(args.evaluate)["args"]
-        default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "cuda": args.cuda})
+        default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "init_from": None, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
         if (args.env_id, args.env_kwargs) != (defaults["env_id"], {}):
             given = f"env_id is {args.env_id!r}, env_kwargs is {args.env_kwargs}"
@@ -240,7 +244,8 @@ if __name__ == "__main__":
     # Environments first: workers have to be forked before torch starts threads
     num_envs = args.num_groups * args.group_size
     envs = make_vec(args.env_id, num_envs, args.num_workers, **args.env_kwargs)
-    eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
+    env_id, env_kwargs = args.eval_env_id, args.eval_env_kwargs  # that policies are evaluated in
+    eval_envs = make_vec(env_id, 1, num_workers=0, **env_kwargs)
     for name, world in (("env_id", envs), ("eval_env_id", eval_envs)):
         observes, acts = world.single_observation_space, world.single_action_space
         if not isinstance(acts, gym.spaces.Discrete) or len(observes.shape) != 1:
@@ -248,6 +253,7 @@ if __name__ == "__main__":
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must be {allowed}, not {observes} and {acts}")
         if (observes.shape, acts) != (envs.single_observation_space.shape, envs.single_action_space):
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must observe and act as {args.env_id} does")
+    eval_envs.close()
     if args.cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -270,7 +276,7 @@ if __name__ == "__main__":
         agent.load_state_dict(load(args.evaluate)["model"])
         folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
-        print(compare(policies, args.eval_env_id, args.eval_episodes, TEST_SEED, folder, **args.eval_env_kwargs)[1])
+        print(compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
         raise SystemExit
     reference, kl_coef = copy.deepcopy(agent), args.kl_coef
@@ -309,7 +315,7 @@ if __name__ == "__main__":
             writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
-            record(agent.make_policy, args.eval_env_id, VALIDATION_SEED, run_dir / "0.mp4", **args.eval_env_kwargs)
+            record(agent.make_policy, env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -334,9 +340,8 @@ if __name__ == "__main__":
             with torch.no_grad():
                 actions[step] = agent.get_policy(obs[step]).sample()
             alive[step] = torch.from_numpy(running)
-            observations, reward, terminations, truncations, infos = envs.step(
-                actions[step].cpu().numpy() + agent.first_action
-            )
+            chosen = actions[step].cpu().numpy() + agent.first_action
+            observations, reward, terminations, truncations, infos = envs.step(chosen)
             rewards[step] = torch.from_numpy(reward)
             if "episode" in infos:
                 for name, value in infos["episode"].items():
@@ -427,18 +432,15 @@ if __name__ == "__main__":
         # Evaluate
         finished = global_step >= args.total_timesteps
         if rank == 0 and (global_step // args.eval_every > last_step // args.eval_every or finished):
-            stats, _, _ = evaluate(
-                agent.make_policy, args.eval_env_id, args.eval_episodes, VALIDATION_SEED, **args.eval_env_kwargs
-            )
+            stats, _, _ = evaluate(agent.make_policy, env_id, args.eval_episodes, VALIDATION_SEED, **env_kwargs)
             for name, value in stats.items():
                 writer.add_scalar(f"eval/{name}", value.mean(), global_step)
             score, best = float(stats["r"].mean()), ""
             content = {"args": asdict(args), "model": agent.state_dict()}
             if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
-                if args.capture_video:
-                    path = run_dir / f"{global_step}.mp4"
-                    record(agent.make_policy, args.eval_env_id, VALIDATION_SEED, path, **args.eval_env_kwargs)
+            if best and args.capture_video:
+                record(agent.make_policy, env_id, VALIDATION_SEED, run_dir / f"{global_step}.mp4", **env_kwargs)
             tqdm.write(f"step {global_step:,}: held-out return {score:.2f}, length {stats['l'].mean():.0f}{best}")
 
         # Checkpoint
@@ -463,9 +465,7 @@ if __name__ == "__main__":
         print(f"stopped at {global_step:,} of {args.total_timesteps:,}; the same command goes on from there: {run_dir}")
     elif rank == 0:
         agent.load_state_dict(load(run_dir / "model.pt")["model"])
-        scores, table = compare(
-            policies, args.eval_env_id, args.eval_episodes, TEST_SEED, run_dir, **args.eval_env_kwargs
-        )
+        scores, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, run_dir, **env_kwargs)
         print(f"\nThe best policy on {args.eval_episodes} other held-out episodes:\n\n{table}\n")
         for name, score in scores.items():
             writer.add_scalar(f"test/{name}", score, global_step)
