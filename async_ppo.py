@@ -16,7 +16,7 @@ ppo_swarm.py:
 
 1. One agent to an environment, actions discrete or continuous; rewards may be scaled, observations normalised.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
-   Fragments with more than max_lag are thrown away; an actor that is two fragments ahead waits.
+   Fragments with more than max_lag are thrown away; an actor whose fragments are all full waits.
 3. The probability ratio to the policy that acted has two factors (decoupled PPO, arXiv 2110.00641): that of the
    policy before the update to the one that acted weighs the loss, that of the newest to the one before is clipped.
    V-trace (arXiv 1802.01561) also corrects the returns, with lambda; the ratio already weighs the advantages.
@@ -328,14 +328,13 @@ def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
     pieces = zip(owners, rewards.chunk(len(owners), dim=1), returns.chunk(len(owners), dim=1), strict=True)
     for actor, reward, running in pieces:  # one by one: an actor that is fast may own several, one after the other
         for t in range(len(reward)):
-            sums[actor] = gamma * sums[actor] + reward[t]
-            running[t] = sums[actor]
+            running[t] = sums[actor] = gamma * sums[actor] + reward[t]
     agent.novelty.return_stats.update(returns.view(-1, 1), world_size)
     return rewards / agent.novelty.return_stats.std()
 
 
 def approx_kl(logratio):
-    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
+    """KL(old || new), estimated from actions of the old policy, if none lags: http://joschu.net/blog/kl-approx.html."""
     return (logratio.exp() - 1 - logratio).mean()
 
 
@@ -451,11 +450,11 @@ class Actors:
         channel.close()
         held = {slot for owner, slot, _ in (*self.arrived, *self.taken) if owner == actor}
         for slot in set(range(len(self.fragments[actor]))) - held:
-            self.channels[actor].send(slot)
+            self.give(actor, slot)
 
     def publish(self, weights, version):
         self.weights[version % 2] = weights
-        self.version[0] = version  # if seen before the weights, as ARM may, only the lag is counted wrong
+        self.version[0] = version  # if seen before the weights, as ARM may, an actor runs some old ones unawares
 
     def take(self, count):
         """(actor, fragment, lag) of the `count` that came first; they stay as they are until `release`."""
@@ -525,7 +524,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))
     if args.evaluate:  # the saved arguments are the defaults: the same network and world but for what is given
         defaults = load(args.evaluate)["args"]
-        default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "cuda": args.cuda})
+        default = Args(**defaults | {"env_kwargs": {}, "eval_env_kwargs": {}, "init_from": None, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
         if (args.env_id, args.env_kwargs) != (defaults["env_id"], {}):
             given = f"env_id is {args.env_id!r}, env_kwargs is {args.env_kwargs}"
@@ -540,7 +539,8 @@ if __name__ == "__main__":
     # Environments first: workers have to be forked before torch starts threads. With actors, these show only the spaces
     num_workers = 0 if args.num_actors else args.num_workers
     envs = make_vec(args.env_id, args.num_envs // max(1, args.num_actors), num_workers, **args.env_kwargs)
-    eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
+    env_id, env_kwargs = args.eval_env_id, args.eval_env_kwargs  # that policies are evaluated in
+    eval_envs = make_vec(env_id, 1, num_workers=0, **env_kwargs)
     for name, world in (("env_id", envs), ("eval_env_id", eval_envs)):
         observes, acts = world.single_observation_space, world.single_action_space
         real = len(acts.shape) == 1 and acts.dtype.kind == "f" and acts.is_bounded()
@@ -549,6 +549,7 @@ if __name__ == "__main__":
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must be {allowed}, not {observes} and {acts}")
         if (observes.shape, acts) != (envs.single_observation_space.shape, envs.single_action_space):
             raise ValueError(f"{name} is {getattr(args, name)!r}: it must observe and act as {args.env_id} does")
+    eval_envs.close()
     if args.cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -571,15 +572,14 @@ if __name__ == "__main__":
         agent.load_state_dict(load(args.evaluate)["model"])
         folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
-        print(compare(policies, args.eval_env_id, args.eval_episodes, TEST_SEED, folder, **args.eval_env_kwargs)[1])
+        print(compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
         raise SystemExit
 
-    batch_size = args.num_steps * args.num_envs
-    steps_per_iteration = batch_size * world_size
+    steps_per_iteration = args.num_steps * args.num_envs * world_size
     num_iterations = args.total_timesteps // steps_per_iteration
     if num_iterations < 1:
-        raise ValueError(f"total_timesteps is {args.total_timesteps}: one batch already has {steps_per_iteration}")
+        raise ValueError(f"total_timesteps is {args.total_timesteps}: one rollout already has {steps_per_iteration}")
 
     # The run's folder, a new one or an unfinished run's
     run = [*open_run(asdict(args), world_size)] if rank == 0 else [None, None]
@@ -623,7 +623,7 @@ if __name__ == "__main__":
             writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
-            record(agent.make_policy, args.eval_env_id, VALIDATION_SEED, run_dir / "0.mp4", **args.eval_env_kwargs)
+            record(agent.make_policy, env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -632,8 +632,7 @@ if __name__ == "__main__":
     gammas = torch.tensor([args.gamma, args.rnd_gamma][:heads], device=device)
     coefs = torch.tensor([1.0, args.rnd_coef][:heads], device=device)
     stopping, finished, start_time = False, iteration == num_iterations, time.time()
-    total = num_iterations * steps_per_iteration
-    progress = tqdm(total=total, initial=global_step, unit_scale=True, disable=rank > 0)
+    progress = tqdm(total=num_iterations * steps_per_iteration, initial=global_step, unit_scale=True, disable=rank > 0)
     while not finished and not stopping:
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -766,34 +765,32 @@ if __name__ == "__main__":
         # Evaluate
         finished = iteration == num_iterations
         if rank == 0 and (global_step // args.eval_every > last_step // args.eval_every or finished):
-            stats, _, _ = evaluate(
-                agent.make_policy, args.eval_env_id, args.eval_episodes, VALIDATION_SEED, **args.eval_env_kwargs
-            )
+            stats, _, _ = evaluate(agent.make_policy, env_id, args.eval_episodes, VALIDATION_SEED, **env_kwargs)
             for name, value in stats.items():
                 writer.add_scalar(f"eval/{name}", value.mean(), global_step)
             score, best = float(stats["r"].mean()), ""
             content = {"args": asdict(args), "model": agent.state_dict(), "score": score}
             if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
-                if args.capture_video:
-                    path = run_dir / f"{global_step}.mp4"
-                    record(agent.make_policy, args.eval_env_id, VALIDATION_SEED, path, **args.eval_env_kwargs)
+            if best and args.capture_video:
+                record(agent.make_policy, env_id, VALIDATION_SEED, run_dir / f"{global_step}.mp4", **env_kwargs)
             tqdm.write(f"step {global_step:,}: held-out return {score:.2f}, length {stats['l'].mean():.0f}{best}")
 
-        # Checkpoint: put together after every iteration, because failing actors end the run before the next one's end
+        # Checkpoint: with actors put together after every iteration, because their deaths may end the run in the next
         stopping = average(torch.tensor(float(len(stop)), device=device), world_size) > 0  # on all ranks or none
-        mine = {"rng": torch.get_rng_state(), "novelty_sums": novelty_sums.cpu(), "envs": {}}
-        if not args.num_actors:
-            mine["generator"] = generator.get_state()
-            if args.env_id in NATIVE_ENVS:
-                mine["envs"] = {name: torch.from_numpy(array) for name, array in envs.get_state().items()}
-        ranks = [mine] * world_size
-        if world_size > 1:
-            dist.all_gather_object(ranks, mine)
-        checkpoint = {"args": asdict(args), "iteration": iteration, "best_score": best_score, "ranks": ranks}
-        checkpoint |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        due = global_step // args.checkpoint_every > last_step // args.checkpoint_every
-        if rank == 0 and (due or finished or stopping):
+        due = global_step // args.checkpoint_every > last_step // args.checkpoint_every or finished or stopping
+        if args.num_actors or due:
+            mine = {"rng": torch.get_rng_state(), "novelty_sums": novelty_sums.cpu(), "envs": {}}
+            if not args.num_actors:
+                mine["generator"] = generator.get_state()
+                if args.env_id in NATIVE_ENVS:
+                    mine["envs"] = {name: torch.from_numpy(array) for name, array in envs.get_state().items()}
+            ranks = [mine] * world_size
+            if world_size > 1:
+                dist.all_gather_object(ranks, mine)
+            checkpoint = {"args": asdict(args), "iteration": iteration, "best_score": best_score, "ranks": ranks}
+            checkpoint |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        if rank == 0 and due:
             writer.flush()  # first, so that the curves reach at least as far as the checkpoint
             save(checkpoint, run_dir / "checkpoint.pt")
 
@@ -807,9 +804,7 @@ if __name__ == "__main__":
         print(f"stopped at {global_step:,} of {args.total_timesteps:,}; the same command goes on from there: {run_dir}")
     elif rank == 0:
         agent.load_state_dict(load(run_dir / "model.pt")["model"])
-        scores, table = compare(
-            policies, args.eval_env_id, args.eval_episodes, TEST_SEED, run_dir, **args.eval_env_kwargs
-        )
+        scores, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, run_dir, **env_kwargs)
         print(f"\nThe best policy on {args.eval_episodes} other held-out episodes:\n\n{table}\n")
         for name, score in scores.items():
             writer.add_scalar(f"test/{name}", score, global_step)

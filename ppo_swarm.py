@@ -285,7 +285,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))
     if args.evaluate:  # the saved arguments are the defaults: the same network and world but for what is given
         defaults = load(args.evaluate)["args"]
-        default = Args(**defaults | {"env_kwargs": {}, "cuda": args.cuda})
+        default = Args(**defaults | {"env_kwargs": {}, "init_from": None, "cuda": args.cuda})
         args = tyro.cli(Args, default=default)
         args.env_kwargs = defaults["env_kwargs"] | args.env_kwargs
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -293,16 +293,14 @@ if __name__ == "__main__":
     torch.set_deterministic_debug_mode("error" if args.torch_deterministic else "default")
 
     # Environments first: workers have to be forked before torch starts threads
-    env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
-    envs = make_vec(args.env_id, args.num_envs, args.num_workers, **env_kwargs)
-    if len(envs.single_observation_space.shape) != 2:
-        raise ValueError(f"env_id is {args.env_id!r}: it must be a multi-agent environment of envs.py")
+    env_id, env_kwargs = args.env_id, {"n_agents": args.n_agents, **args.env_kwargs}
+    envs = make_vec(env_id, args.num_envs, args.num_workers, **env_kwargs)
     observations, infos = envs.reset(seed=args.seed + (rank << 32))
     if args.cuda:
         torch.cuda.set_device(device)
     next_obs, next_neighbors = to_tensors(observations, infos, device)
     if args.policy != "mlp" and not next_neighbors.shape[-1]:
-        raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")
+        raise ValueError(f"policy is {args.policy!r}: {env_id} reports no neighbours, so it must be 'mlp'")
     if world_size > 1:
         dist.init_process_group("nccl" if args.cuda else "gloo")
 
@@ -320,17 +318,15 @@ if __name__ == "__main__":
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        saved, new = load(args.evaluate)["model"], agent.state_dict()
-        saved = {name: weight for name, weight in saved.items() if not name.startswith("critic")}
-        agent.load_state_dict({name: new[name] for name in new if name.startswith("critic")} | saved)
+        saved, new = load(args.evaluate)["model"], agent.state_dict()  # a critic of each agent's own need not fit
+        agent.load_state_dict(saved | {name: new[name] for name in new if name.startswith("critic")})
         folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir()
-        print(compare(policies, args.env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
+        print(compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)[1])
         print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
         raise SystemExit
 
-    batch_size = args.num_steps * args.num_envs  # swarms in a rollout
-    steps_per_iteration = batch_size * args.n_agents * world_size  # agent-steps
+    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
     num_iterations = args.total_timesteps // steps_per_iteration
     if num_iterations < 1:
         raise ValueError(f"total_timesteps is {args.total_timesteps}: one rollout already has {steps_per_iteration}")
@@ -371,14 +367,13 @@ if __name__ == "__main__":
             writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
         print(f"{'resumed at' if checkpoint else 'new,'} {global_step:,} of {args.total_timesteps:,}: {run_dir}")
         if args.capture_video and not checkpoint:
-            record(agent.make_policy, args.env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
+            record(agent.make_policy, env_id, VALIDATION_SEED, run_dir / "0.mp4", **env_kwargs)
     stop = []  # the first SIGINT or SIGTERM ends the run after the iteration, the next of its kind at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     stopping, finished, start_time = False, iteration == num_iterations, time.time()
-    total = num_iterations * steps_per_iteration
-    progress = tqdm(total=total, initial=global_step, unit_scale=True, disable=rank > 0)
+    progress = tqdm(total=num_iterations * steps_per_iteration, initial=global_step, unit_scale=True, disable=rank > 0)
     while not finished and not stopping:
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -395,8 +390,8 @@ if __name__ == "__main__":
                 actions = policy.squash(raw_actions[step]).cpu().numpy()
             observations, reward, terminations, truncations, infos = envs.step(actions)
             next_obs, next_neighbors = to_tensors(observations, infos, device)
-            rewards[step] = torch.as_tensor(reward)
-            dones[step] = torch.as_tensor(terminations | truncations)
+            rewards[step] = torch.from_numpy(reward)
+            dones[step] = torch.from_numpy(terminations | truncations)
             final_values[step] = 0
             cut_off = truncations & ~terminations  # (num_envs,)
             if cut_off.any():
@@ -484,16 +479,15 @@ if __name__ == "__main__":
         # Evaluate
         finished = iteration == num_iterations
         if rank == 0 and (global_step // args.eval_every > last_step // args.eval_every or finished):
-            stats, _, _ = evaluate(agent.make_policy, args.env_id, args.eval_episodes, VALIDATION_SEED, **env_kwargs)
+            stats, _, _ = evaluate(agent.make_policy, env_id, args.eval_episodes, VALIDATION_SEED, **env_kwargs)
             for name, value in stats.items():
                 writer.add_scalar(f"eval/{name}", value.mean(), global_step)
             score, best = float(stats["r"].mean()), ""
             content = {"args": asdict(args), "model": agent.state_dict()}
             if score > best_score and save(content, run_dir / "model.pt"):
                 best_score, best = score, ", the best so far"
-                if args.capture_video:
-                    path = run_dir / f"{global_step}.mp4"
-                    record(agent.make_policy, args.env_id, VALIDATION_SEED, path, **env_kwargs)
+            if best and args.capture_video:
+                record(agent.make_policy, env_id, VALIDATION_SEED, run_dir / f"{global_step}.mp4", **env_kwargs)
             per_step = (stats["r"] / stats["l"]).mean()
             tqdm.write(f"step {global_step:,}: held-out return {score:.2f}, {per_step:.3f} a step{best}")
 
@@ -519,7 +513,7 @@ if __name__ == "__main__":
         print(f"stopped at {global_step:,} of {args.total_timesteps:,}; the same command goes on from there: {run_dir}")
     elif rank == 0:
         agent.load_state_dict(load(run_dir / "model.pt")["model"])
-        scores, table = compare(policies, args.env_id, args.eval_episodes, TEST_SEED, run_dir, **env_kwargs)
+        scores, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, run_dir, **env_kwargs)
         print(f"\nThe best policy on {args.eval_episodes} other held-out episodes:\n\n{table}\n")
         for name, score in scores.items():
             writer.add_scalar(f"test/{name}", score, global_step)
