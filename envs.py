@@ -3282,7 +3282,7 @@ def baselines(env_id, **env_kwargs):
 LONGEST_EPISODE = 100_000  # steps; what goes on for longer has no time limit, and may never end
 
 
-def evaluate(make_policy, env_id, num_episodes, seed, record=False, **env_kwargs):
+def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwargs):
     """Run `num_episodes` episodes, one in each of as many environments, in this process.
 
     Returns (stats, rewards, frames): stats maps "r", "l" and the environment's metrics to (num_episodes,) arrays;
@@ -3314,7 +3314,7 @@ def evaluate(make_policy, env_id, num_episodes, seed, record=False, **env_kwargs
     return stats, np.array(rewards), frames
 
 
-def compare(policies, env_id, num_episodes, seed, folder=None, **env_kwargs):
+def compare(policies, env_id, num_episodes, seed, /, folder=None, **env_kwargs):
     """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
 
     Returns (scores, table): the mean return of each, and the whole comparison as Markdown, mean and standard deviation
@@ -3367,10 +3367,14 @@ def _plot_rewards(curves, path):
     figure.savefig(path, dpi=120)
 
 
-def record(make_policy, env_id, seed, path, **env_kwargs):
+def record(make_policy, env_id, seed, path, /, **env_kwargs):
     """A video of one episode, as fast as the environment's "render_fps"; `path` is a Path."""
+    metadata = _metadata(env_id, **env_kwargs)
+    if "rgb_array" not in metadata.get("render_modes", ()):
+        print(f"no {path.name}: {env_id} draws no pictures")
+        return
     frames = evaluate(make_policy, env_id, 1, seed, record=True, **env_kwargs)[2]
-    write_video({path.stem: frames}, str(path), fps=_metadata(env_id, **env_kwargs).get("render_fps") or 25)
+    write_video({path.stem: frames}, str(path), fps=metadata.get("render_fps") or 25)
 
 
 def write_video(videos, path, fps=25, **options):
@@ -3927,7 +3931,7 @@ def _start_worker(shared):
     global _inherited
     if "torch" in sys.modules:  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
         sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to the workers, too, but the caller decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to them and what they start, but the caller decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
     _inherited = shared
