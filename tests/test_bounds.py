@@ -1,0 +1,41 @@
+"""No kernel reads or writes outside its arrays, however outlandish the state: compiled with bounds checks, it raises.
+
+As installed, the kernels are compiled without, and would go on with whatever lies there.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PLAY = """
+import envs
+
+def play(steps, env_id, far=None, options=None, **env_kwargs):
+    world = envs.make_vec(env_id, 3, 0, **env_kwargs)
+    world.action_space.seed(0)
+    world.reset(seed=0, options=options)
+    if far:
+        state = world.get_state()
+        world.set_state(state | {"position": far * state["position"]})
+    for _ in range(steps):
+        world.step(world.action_space.sample())
+
+swarm = dict(n_agents=100, n_obstacles=20, box_size=20.0, max_steps=20)
+play(30, "Swarm", **swarm)
+play(3, "Swarm", far=-1e9, **swarm)
+play(3, "Swarm", n_agents=100, speed=1e20)
+play(30, "LidarNavigation", n_agents=20, max_steps=20)
+play(3, "LidarNavigation", far=-1e9, n_agents=20)
+play(30, "VmasNavigation", n_agents=10, max_steps=20)
+play(150, "LunarLander", enable_wind=True)
+play(5, "LunarLander", options={"position": [[1e30, 5], [-1e6, -1e6], [10, -1e30]]})
+"""
+
+
+def test_no_kernel_leaves_its_arrays(tmp_path):
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", PLAY], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

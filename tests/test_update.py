@@ -1,0 +1,143 @@
+"""The update of every script is its formula: the loss and its gradient, the clipping of that, Adam, the learning rate.
+
+A probe stops a run at every gradient step, works out from the minibatch what it should be, the loss term by term and
+Adam by its recursion, and notes how far the script's is from that. What networks, log-probs and advantages give is
+taken as it is: tests of their own see to that.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from test_async_ppo import ASYNC, QUICK
+from test_grpo import SMALL as GRPO
+from test_ppo_swarm import PER_UPDATE, ROOT, SMALL, Nursery
+
+PROBE = (
+    QUICK
+    + """
+import atexit, json, math, sys, torch
+randn, adam_step, noted, adam = torch.randn, torch.optim.Adam.step, [], {"steps": 0, "m": 0, "v": 0}
+
+def watched_randn(*args, **kwargs):
+    adam["noise"] = randn(*args, **kwargs)  # the last to draw any before a gradient step is the entropy
+    return adam["noise"]
+
+def clip(x, low, high):
+    return torch.minimum(torch.maximum(x, torch.as_tensor(low)), torch.as_tensor(high))
+
+def networks(script, mb):
+    agent, obs = script["agent"], [script[name][mb] for name in ("b_obs", "b_neighbors") if name in script]
+    if "first_actor_state" in script:
+        starts = script["b_starts"][mb]
+        policy, _ = agent.get_policy(*obs, script["first_actor_state"][:, mb], starts)
+        return policy, agent.get_value(*obs, script["first_critic_state"][:, mb], starts)[0]
+    return agent.get_policy(*obs), agent.get_value(*obs) if hasattr(agent, "critic") else None
+
+def expected_loss(script, note):
+    args, mb = script["args"], script["mb_inds"]
+    policy, value = networks(script, mb)
+    if hasattr(policy, "logprobs"):
+        actions, p = script["b_actions"][mb], policy.logprobs.exp()
+        log_prob, entropy = policy.logprobs[torch.arange(len(mb)), actions], -(p * policy.logprobs).sum(-1).mean()
+    else:
+        log_prob = policy.log_prob(script["b_raw_actions" if "b_raw_actions" in script else "b_actions"][mb])
+        u = policy.mean + policy.logstd.exp() * adam["noise"]
+        slope = torch.log(policy.scale * (1 - torch.tanh(u) ** 2))
+        entropy = (0.5 + 0.5 * math.log(2 * math.pi) + policy.logstd + slope).sum(-1).mean()
+
+    advantage = script["b_advantages"][mb]
+    n = advantage.numel()
+    advantage = advantage - advantage.sum() / n
+    advantage = advantage / (((advantage**2).sum() / (n if value is None else n - 1)) ** 0.5 + 1e-8)
+    ratio = (log_prob - script["b_logprobs"][mb]).exp()
+    clipped = clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # arXiv 1707.06347, equation 7
+    note["ratios clipped"] = int((surrogate < ratio * advantage).sum())
+    if "b_lag_ratios" in script:  # arXiv 2110.00641, equation 4
+        surrogate = script["b_lag_ratios"][mb] * surrogate
+        note["lag"] = float((script["b_lag_ratios"] - 1).abs().max())
+    loss = -surrogate.mean() - args.ent_coef * entropy
+    if value is None:  # arXiv 2402.03300, equation 3, with the divergence itself
+        return loss + script["kl_coef"] * (p * (policy.logprobs - script["b_reference"][mb])).sum(-1).mean()
+    old, target = script["b_values"][mb], script["b_returns"][mb]
+    error, bounded = (value - target) ** 2, (clip(value, old - args.clip_coef, old + args.clip_coef) - target) ** 2
+    note["values clipped"] = int((bounded > error).sum())
+    return loss + args.vf_coef * 0.5 * (torch.maximum(error, bounded) if args.clip_vloss else error).mean()
+
+def off(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+def watched_step(self, *arguments, **named):
+    frame = sys._getframe()
+    while "mb_inds" not in frame.f_globals:
+        frame = frame.f_back
+    script, note = frame.f_globals, {}
+    args, weights, parameters = script["args"], script["weights"], script["parameters"]
+    with torch.enable_grad():
+        learned = [parameter for parameter in parameters if parameter.requires_grad]
+        grads = iter(torch.autograd.grad(expected_loss(script, note), learned))
+    grad = torch.cat([(next(grads) if p.requires_grad else torch.zeros_like(p)).flatten() for p in parameters])
+    note["norm"], used = float(grad.norm()), weights.grad.double()
+    note["gradient"] = off(used, grad.double() * min(1.0, args.max_grad_norm / note["norm"]))
+
+    adam["steps"] += 1
+    adam["m"], adam["v"] = 0.9 * adam["m"] + 0.1 * used, 0.999 * adam["v"] + 0.001 * used**2
+    m, v = adam["m"] / (1 - 0.9 ** adam["steps"]), adam["v"] / (1 - 0.999 ** adam["steps"])
+    total = args.total_timesteps
+    if "num_iterations" in script:
+        total = script["num_iterations"] * script["steps_per_iteration"]
+    share = script["global_step"] / total  # of the run that is over
+    change = -args.learning_rate * (1 - share * args.anneal_lr) * m / (v.sqrt() + 1e-5)
+    before = weights.detach().double().clone()
+    adam_step(self, *arguments, **named)
+    note["step"] = off(weights.detach().double() - before, change)
+    noted.append(note)
+
+torch.randn, torch.optim.Adam.step = watched_randn, watched_step
+atexit.register(lambda: json.dump(noted, open("noted.json", "w")))
+"""
+)
+
+HARD = dict(learning_rate=1e-2, clip_coef=0.05, ent_coef=0.03, max_grad_norm=0.1, num_minibatches=2, update_epochs=3)
+HARD |= dict(eval_episodes=1, eval_every=10**9)
+SWARM = SMALL | HARD | dict(vf_coef=0.7, clip_vloss=True, total_timesteps=10 * PER_UPDATE)
+ACTORS = ASYNC | HARD | dict(vf_coef=0.7, clip_vloss=True, num_actors=1, max_lag=1, checkpoint_every=10**9)
+RUNS = {  # script and arguments
+    "ppo_swarm": ("ppo_swarm", SWARM),
+    "ppo_swarm, values not clipped, rate not annealed": ("ppo_swarm", SWARM | dict(clip_vloss=False, anneal_lr=False)),
+    "ppo_swarm_lstm": ("ppo_swarm_lstm", SWARM),
+    "grpo_perep": ("grpo_perep", GRPO | HARD | dict(kl_coef=0.5, max_kl=1e3)),
+    "async_ppo, discrete": ("async_ppo", ACTORS | dict(env_id="CartPole-v1")),
+    "async_ppo, continuous": ("async_ppo", ACTORS | dict(env_id="Pendulum-v1")),
+}
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory):
+    """{run: [what the probe noted at each gradient step]}."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), ("Swarm", "LunarLander"))
+    cwd, read = tmp_path_factory.mktemp("runs"), {}
+    for i, (name, (script, args)) in enumerate(RUNS.items()):
+        result = nursery.run_one(cwd / str(i), probe=PROBE, script=ROOT / f"{script}.py", **args)
+        assert result.code == 0, result.output
+        read[name] = json.loads((cwd / str(i) / "noted.json").read_text())
+    nursery.close()
+    return read
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_gradient_is_that_of_the_loss_and_clipped(noted, name):
+    steps = noted[name]
+    off = [step["gradient"] for step in steps]
+    assert len(steps) >= 60 and np.quantile(off, 0.9) < 1e-5
+    assert max(off) < 1e-2  # in single precision a ratio on the very edge may be clipped by one and not by the other
+    assert sum(step["norm"] > 0.1 for step in steps) > 10  # so that they are clipped; likewise ratios and values
+    assert sum(step["ratios clipped"] > 0 for step in steps) > 10
+    for kind in {"values clipped", "lag"} & set(steps[0]):
+        assert sum(step[kind] > 1e-3 for step in steps) > 10
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_step_is_adams_at_the_annealed_rate(noted, name):
+    assert max(step["step"] for step in noted[name]) < 1e-3
