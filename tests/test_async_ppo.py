@@ -6,6 +6,7 @@ The helpers that start runs are those of test_ppo_swarm.py. Most runs skip the c
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -465,6 +466,29 @@ def test_who_replaces_a_dead_actor_gets_its_free_fragments_and_a_world_of_its_ow
         assert max_lag > 0 or [owner for owner, _ in later].count(0) == 8
         assert not before & {observations for _, observations in later}
     assert f"actor process {dead.pid} died, with exit code -9" in capsys.readouterr().out
+
+
+def test_an_actor_that_dies_before_its_first_order_is_replaced_as_any_other(monkeypatch, capsys):
+    Process = multiprocessing.context.ForkProcess
+    start, born = Process.start, []
+
+    def stillborn(self):
+        start(self)
+        born.append(self)
+        if len(born) == 3:  # the first to be replaced
+            self.kill()
+            self.join()
+
+    with acting(2, 0) as (agent, actors):
+        born += actors.processes.values()
+        monkeypatch.setattr(Process, "start", stillborn)
+        actors.take(2)
+        os.kill(actors.processes[0].pid, signal.SIGKILL)
+        actors.processes[0].join()
+        learn(agent, actors, 1)
+        assert sorted(owner for owner, _, _ in actors.take(2)) == [0, 1]
+        assert len(born) == 4 and not born[2].is_alive()
+    assert capsys.readouterr().out.count("another takes its place") == 2
 
 
 def test_what_a_dead_actor_left_is_kept_from_who_replaces_it_until_it_is_released():

@@ -250,6 +250,14 @@ def test_a_parallel_env_goes_where_a_batch_of_one_goes(env_id, render_mode):
     env.close()
 
 
+def test_all_agents_of_a_parallel_env_terminate_together():
+    env = envs.parallel_env("VmasNavigation", n_agents=2)
+    env.reset(seed=0, options={"agent_pos": [[0, 0], [1, 1]], "goal_pos": [[0.05, 0], [1, 0.95]]})
+    _, _, terminations, truncations, infos = env.step({agent: np.zeros(2, np.float32) for agent in env.agents})
+    assert terminations == {"agent_0": True, "agent_1": True} and not any(truncations.values())
+    assert env.agents == [] and infos["agent_1"]["arrived"] == 1
+
+
 def test_a_start_is_given_as_for_one_environment():
     env = envs.parallel_env("VmasNavigation", n_agents=2)
     position = np.array([[0.5, 0.25], [-0.5, 0.0]])

@@ -134,15 +134,16 @@ def test_flight_equals_box2d(arguments):
             return np.float32([rng.uniform(-0.5, 1.5) if observation[3] < -0.1 else -1, rng.uniform(-1.5, 1.5)])
         return 2 if observation[3] < -0.1 and step % 4 else int(rng.integers(4))
 
-    longest = 0
+    longest, equal = 0, []
     for _ in range(4):
         for step, (got, expected) in enumerate(side_by_side(ours, box2d, hover, 250)):
             if expected[0][6:].any() or expected[2]:
                 break
-            np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=1e-6)
-            assert got[1] == pytest.approx(expected[1], abs=1e-3)
+            np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=2e-7)
+            assert got[1] == pytest.approx(expected[1], abs=1e-4)
             longest = max(longest, step)
-    assert longest >= 120
+            equal.append(np.array_equal(got[0], expected[0]))
+    assert longest >= 120 and np.mean(equal) > 0.9
 
 
 def test_a_start_given_in_the_options_equals_box2d():
@@ -177,9 +178,10 @@ def test_a_start_given_in_the_options_equals_box2d():
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
-def test_whole_landings_end_as_on_box2d():
+@pytest.mark.parametrize("arguments", [{}, {"enable_wind": True}, {"continuous": True}], ids=str)
+def test_whole_landings_end_as_on_box2d(arguments):
     """A millimetre in where a leg first hits may grow afterwards: nearly all episodes have to agree, not all."""
-    ours, box2d = make(), Box2DLander()
+    ours, box2d = make(**arguments), Box2DLander(**arguments)
     agree, gaps = 0, []
     for _ in range(12):
         for got, expected in side_by_side(ours, box2d, lambda _, seen: lunar_lander.heuristic(box2d, seen), 1000):

@@ -746,7 +746,7 @@ def test_help_explains_what_is_new(nursery, tmp_path):
 MOST_REMOVED, MOST_ADDED = 23, 70  # lines; memory, and three defaults for another environment, cost no more
 
 
-def test_the_difference_from_ppo_swarm_is_memory_and_nothing_else():
+def test_ppo_swarm_differs_by_few_lines():
     command = ["diff", ppo_swarm.__file__, str(SCRIPT)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr

@@ -366,6 +366,22 @@ def test_an_agent_put_back_over_the_edge_of_the_box_comes_in_on_the_other_side()
     np.testing.assert_allclose(vector.get_state()["position"], [[[9.95, 5]]], atol=1e-12)
 
 
+def test_a_start_is_wrapped_into_the_box_and_the_episode_after_it_starts_at_random():
+    vector, states = make(n_agents=2, n_obstacles=1, box_size=10, max_steps=1), []
+    for boxes, turns in ((0, 0), (3, 2), (-2, -1)):
+        start = {"position": np.array([[[1, 2], [9, 8]]]), "obstacle": np.array([[[4, 5]]])}
+        start = {name: points + 10.0 * boxes for name, points in start.items()}
+        vector.reset(seed=0, options=start | {"heading": np.array([[0.5, -0.5]]) + 2 * math.pi * turns})
+        states.append(vector.get_state())
+    for state in states[1:]:
+        for name, array in state.items():
+            np.testing.assert_allclose(array, states[0][name], atol=1e-12)
+    vector.step(np.zeros((1, 2, 1)))
+    after = vector.get_state()
+    for name in ("position", "direction", "obstacle"):
+        assert not np.isclose(after[name], states[0][name], atol=0.01).all(axis=-1).any()
+
+
 def test_the_default_reward_is_the_published_one():
     for count_self in (False, True):
         vector = make(n_agents=40, count_self=count_self)
