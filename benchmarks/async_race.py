@@ -3,18 +3,22 @@
     pip install stable-baselines3==2.9.2
     python benchmarks/async_race.py CartPole-v1         [--sb3 INTERPRETER] [--seeds 1 2 ... 10]
     python benchmarks/async_race.py LunarLander-v3
+    python benchmarks/async_race.py LunarLander-v3 --judge runs/NAME ...       only that last part, of finished runs
 
-From the repository's root; 4 and, with three seeds, 20 minutes. Both play 20 greedy, held-out episodes every so many
+From the repository's root; 4 and, with three seeds, 30 minutes. Both play 20 greedy, held-out episodes every so many
 steps, CartPole-v1 or Gymnasium's own LunarLander-v3, and have arrived when the mean return reaches 475 or 200. Printed,
 for each seed: the steps and the seconds from the first one of training; the same seconds plus start-up, from the launch
-of the process. The evaluations are in nobody's time, though during its own async_ppo.py's actors may fill the fragments
-they have. It trains on to the end of its budget: the best policy is then judged on 100 other episodes. Each process has
-one torch thread. Kernels are compiled before.
+of the process. The evaluations are in nobody's time, and async_ppo.py's actors stand still during its own. It trains on
+to the end of its budget: the best policy is then judged on 100 other episodes. Each process has one torch thread.
+Kernels are compiled before.
 """
 
 import argparse
+import multiprocessing
 import operator
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +38,7 @@ FLAGS = {
     "CartPole-v1": {"async_ppo.py": "--total-timesteps 100000 --eval-every 2048 --eval-episodes 20"},
     "LunarLander-v3": {
         "on the native lander": LANDER + JUDGED + "--env-id LunarLander --num-actors 1 --total-timesteps 4000000",
-        "on Box2D": LANDER + JUDGED + "--env-id LunarLander-v3 --total-timesteps 1000000",
+        "on Box2D": LANDER + JUDGED + "--env-id LunarLander-v3 --total-timesteps 4000000",
     },
 }
 ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
@@ -48,8 +52,9 @@ ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
     ),
 }  # fmt: skip
 EVAL_EVERY = {"CartPole-v1": 2048, "LunarLander-v3": 50_000}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+RUN_PAUSED = "import async_race; async_race.run_paused()"
 
 
 def sb3(env_id, seed, launch):
@@ -87,13 +92,31 @@ def sb3(env_id, seed, launch):
     model.learn(total, callback=Race())
 
 
+def run_paused():
+    """async_ppo.py with the flags of this process; its actors stand still during every evaluation."""
+    sys.path.insert(0, str(ROOT))
+    import envs
+
+    def paused(*args, evaluate=envs.evaluate, **kwargs):
+        actors = [process.pid for process in multiprocessing.active_children()]
+        for pid in actors:
+            os.kill(pid, signal.SIGSTOP)
+        result = evaluate(*args, **kwargs)
+        for pid in actors:
+            os.kill(pid, signal.SIGCONT)
+        return result
+
+    envs.evaluate = paused
+    runpy.run_path(str(ROOT / "async_ppo.py"), run_name="__main__")
+
+
 def ours(env_id, flags, seed):
     """Steps, seconds of training and since the launch until the target; return and success of the best policy."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tempfile.TemporaryDirectory() as folder:
         launch = time.time()
-        command = [sys.executable, ROOT / "async_ppo.py", *flags.split(), "--seed", str(seed)]
+        command = [sys.executable, "-c", RUN_PAUSED, *flags.split(), "--seed", str(seed)]
         subprocess.run(command, cwd=folder, check=True, capture_output=True, env=ENVIRONMENT)
         (run,) = Path(folder).glob("runs/*")
         events = EventAccumulator(str(run))
@@ -141,8 +164,13 @@ def main():
     parser.add_argument("env_id", choices=TARGETS)
     parser.add_argument("--sb3", default=sys.executable, help="the interpreter that can import stable_baselines3")
     parser.add_argument("--seeds", type=int, nargs="+", default=tuple(range(1, 11)))
+    parser.add_argument("--judge", type=Path, nargs="+", help="finished runs: judge their policies, no race")
     parser.add_argument("--launch", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for run in options.judge or ():
+        print(f"| {run.name} | {judge(options.env_id, run / 'model.pt')} |")
+    if options.judge:
+        return
     if options.launch:
         sb3(options.env_id, options.seeds[0], options.launch)
         return
@@ -160,13 +188,17 @@ def main():
         results = {name: ours(env_id, flags, seed) for name, flags in names.items()}
         results["SB3"] = theirs(options.sb3, env_id, seed)
         for name, (steps, training, all_in, end) in results.items():
-            times.setdefault(name, []).append((training, all_in))
+            times.setdefault(name, []).append((training, all_in, steps))
             print(f"| {seed} | {name} | {steps:,.0f} | {training:.1f} | {all_in:.1f} | {end} |", flush=True)
     for name in names:
-        ratios = np.array(times["SB3"]) / np.array(times[name])  # (seeds, 2)
-        for of, values in zip(("of training", "with start-up"), ratios.T, strict=True):
+        ratios = np.array(times["SB3"]) / np.array(times[name])
+        training, all_in, steps = ratios[np.isfinite(ratios).all(axis=1)].T  # (seeds where both arrived,) each
+        print(f"\n{name}: both arrived with {len(steps)} of {len(ratios)} seeds")
+        for of, values in (("of training", training), ("with start-up", all_in)):
             spread = f"{values.min():.1f} to {values.max():.1f}"
-            print(f"\n{name}, seconds {of}: sooner by a factor of {np.median(values):.1f} ({spread})")
+            print(f"seconds {of}: sooner by a factor of {np.median(values):.1f} ({spread})")
+        print(f"{1 / steps.max():.2f} to {1 / steps.min():.2f} times the steps, ", end="")
+        print(f"{(training / steps).min():.1f} to {(training / steps).max():.1f} times as many in a second")
 
 
 if __name__ == "__main__":

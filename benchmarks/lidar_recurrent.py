@@ -101,7 +101,7 @@ class Watch(BaseCallback):
 
 
 def script(folder, *flags, seconds=None):
-    """Scalars of a run of ppo_swarm_lstm.py, until `seconds`: {tag: [(seconds since the first log, step, value)]}."""
+    """Scalars of a run of ppo_swarm_lstm.py, until `seconds`: {tag: [(seconds since the first step, step, value)]}."""
     command = [sys.executable, sys.path[0] + "/ppo_swarm_lstm.py", *flags]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=folder, **quiet) as process:
@@ -113,7 +113,8 @@ def script(folder, *flags, seconds=None):
         raise RuntimeError(f"{command} ended with {process.returncode}")
     events = EventAccumulator(str(next(Path(folder).glob("runs/*"))))
     events.Reload()
-    start = events.Scalars("charts/SPS")[0].wall_time
+    first = events.Scalars("charts/SPS")[0]
+    start = first.wall_time - first.step / first.value
     return {
         tag: [(event.wall_time - start, event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 ROUNDS = 5
-STEPS = {"ours": 400_000, "EnvPool": 60_000, "Gymnasium": 20_000}  # of each contestant in a round, all envs together
+STEPS = {"ours": 400_000, "EnvPool": 60_000, "Gymnasium": 20_000}  # of each contestant in a round, all envs together,
+EPISODE = 300  # but at least so many of each environment: whole episodes, with landing and reset
 
 
 def heuristic(observations):
@@ -63,7 +64,7 @@ def load_policies(path):
 
 def steps_per_second(vector, num_envs, policy, steps):
     observations, _ = vector.reset()
-    spent, total = 0.0, -(-steps // num_envs)
+    spent, total = 0.0, max(steps // num_envs, EPISODE)
     for _ in range(total):
         actions = policy(observations)
         start = time.perf_counter()

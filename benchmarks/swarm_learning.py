@@ -74,7 +74,7 @@ def tuned_vicsek(**env_kwargs):
     env_kwargs["n_neighbors"] = min(env_kwargs["n_agents"] - 1, 40)
     grid = [
         partial(envs.vicsek_policy, radius=radius, noise=noise)
-        for radius in (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
+        for radius in (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
         for noise in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
     ]
     best = max(grid, key=lambda policy: per_step(policy, seed=VALIDATION_SEED, **env_kwargs)[0])

@@ -6,8 +6,9 @@ Every figure is a ratio: its two sides are measured in turn, round after round, 
 slows both. Printed are the medians over the rounds, and the smallest and largest ratio.
 
     1. a step of two workers that have nothing to do, against `Pool.map` of two tasks that do nothing
-    2. Gymnasium's LunarLander-v3 (Box2D), 32 environments on two workers, against `AsyncVectorEnv`'s 32 processes; and
-       what no two workers can do better: 16 of them on one process, with no other to wait for and nothing to hand over
+    2. Gymnasium's LunarLander-v3 (Box2D), 32 environments on two workers, against `AsyncVectorEnv`'s 32 processes and
+       `SyncVectorEnv`'s one; and what no two workers can do better: 16 of them on one process, with no other to wait
+       for and nothing to hand over
     3. Swarm on two workers, against none: the batch from which on they pay is the constant envs.POOL_AGENTS
 """
 
@@ -87,12 +88,15 @@ def hand_over():
 def lunar_lander():
     vector = envs.make_vec("LunarLander-v3", 32, num_workers=2)
     processes = gym.vector.AsyncVectorEnv([lambda: gym.make("LunarLander-v3")] * 32)
+    serial = gym.vector.SyncVectorEnv([lambda: gym.make("LunarLander-v3")] * 32)
     half = envs.make_vec("LunarLander-v3", 16, num_workers=0)
     theirs = ("32 processes", stepper(processes), 150)
     compare("2. LunarLander-v3, 32 environments", ("2 workers", stepper(vector), 500), theirs)
+    compare("   the same", ("2 workers", stepper(vector), 500), ("SyncVector", stepper(serial), 250))
     compare("   half of them alone, the limit", ("1 process", stepper(half), 500), theirs)
     vector.close()
     half.close()
+    serial.close()
     processes.close()
 
 
