@@ -194,6 +194,8 @@ def main():
         ratios = np.array(times["SB3"]) / np.array(times[name])
         training, all_in, steps = ratios[np.isfinite(ratios).all(axis=1)].T  # (seeds where both arrived,) each
         print(f"\n{name}: both arrived with {len(steps)} of {len(ratios)} seeds")
+        if not len(steps):
+            continue
         for of, values in (("of training", training), ("with start-up", all_in)):
             spread = f"{values.min():.1f} to {values.max():.1f}"
             print(f"seconds {of}: sooner by a factor of {np.median(values):.1f} ({spread})")
