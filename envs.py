@@ -2,17 +2,20 @@
 
 In order:
 
-    Contract        `make_vec`, the one way in, what every environment promises, and the base of the native ones
-    Randomness      one counter-based generator per environment
-    Swarm           flocking in a periodic box: constants, state, kernels, class
-    LidarNavigation robots with wheels and a lidar among walls and obstacles: the same
-    VmasNavigation  the navigation scenario of VMAS, step for step
-    Lunar Lander    Gymnasium's LunarLander-v3, its Box2D physics included: the same parts
-    Baselines       the Vicsek model, two lidar drivers and random actions, as policies
-    Evaluation      held-out episodes, the comparison table, plot and side-by-side video
-    Runs            files that survive a crash, and finding the unfinished run to go on with
-    Adapters        one native environment alone, as Gymnasium's `Env` or PettingZoo's `ParallelEnv`
-    Vectorizer      any environment on a pool of forked workers, batches in shared memory
+    Use              `make_vec`, the one way in, and what every environment promises
+    Write one        `NativeVectorEnv`, the base of the native environments, and what a batch writes a step into
+    Randomness       one counter-based generator per environment
+    Swarm            flocking in a periodic box, and the Vicsek model
+    LidarNavigation  robots with wheels and a lidar among walls and obstacles, and two drivers
+    VmasNavigation   the navigation scenario of VMAS, step for step
+    Baselines        random actions, and what each environment is measured against
+    Evaluation       held-out episodes, the comparison table, plot and side-by-side video
+    Runs             files that survive a crash, and finding the unfinished run to go on with
+    Vectorizer       any environment on a pool of forked workers, batches in shared memory
+    Adapters         one native environment alone, as Gymnasium's `Env` or PettingZoo's `ParallelEnv`
+    Checks           of arguments, actions, seeds and states: a ValueError that names what is wrong
+    Lunar Lander     Gymnasium's LunarLander-v3, its Box2D physics included
+    Native ids       what `make_vec` finds by name
 
 Units: lengths in the environment's own unit, angles in radians, times in its own or in steps. Arrays that are returned
 are C-contiguous; `num_envs` comes first, then `n_agents`. Observations and continuous actions are float32, discrete
@@ -54,7 +57,7 @@ kernel = njit(cache=True, error_model="numpy")  # "numpy": dividing by zero give
 inlined = njit(cache=True, error_model="numpy", inline="always")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Contract
+# Use
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -109,119 +112,9 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     return PoolVectorEnv(make_slice, num_envs, num_workers) if num_workers else make_slice(num_envs)
 
 
-def _integer(name, value, low, high=math.inf):
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
-        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}: it must be an integer, {allowed}")
-    return int(value)
-
-
-def _number(name, value, low=-math.inf, high=math.inf):
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}: it must be a finite number")
-    if not low <= value <= high:
-        allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} is {value!r}: it must be {allowed}")
-    return float(value)
-
-
-def _array(name, value, shape, dtype):
-    try:
-        array = np.asarray(value, dtype=dtype)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}: it must be an array of numbers of shape {shape}") from None
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}: it must be {shape}")
-    if np.count_nonzero(np.isfinite(array)) < array.size:  # several times faster than all()
-        raise ValueError(f"{name} holds NaN or infinity: every entry must be finite")
-    return np.ascontiguousarray(array)
-
-
-def _valid_actions(actions, space):
-    """The actions of a whole batch as an array; a ValueError names what is wrong with them."""
-    box = isinstance(space, gym.spaces.Box)
-    if box and space.dtype.kind == "f":
-        return _array("actions", actions, space.shape, space.dtype)
-    actions = np.asarray(actions)
-    if actions.dtype.kind not in "iu" or actions.shape != space.shape:
-        raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
-    if not box and _within(np.ascontiguousarray(actions, np.int64), space.start, space.nvec):
-        return actions
-    low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
-    outside = np.argwhere((actions < low) | (actions > high))
-    if len(outside):
-        at = tuple(outside[0].tolist())
-        raise ValueError(f"actions{list(at)} is {actions[at]}: it must be an integer from {low[at]} to {high[at]}")
-    return actions
-
-
-@njit(cache=True)
-def _within(actions, start, count):
-    """Whether each is one of `count` integers from `start` on; NumPy would take as long as the physics of a lander."""
-    outside = 0
-    for i in range(actions.size):
-        outside += not 0 <= actions.flat[i] - start.flat[i] < count.flat[i]
-    return outside == 0
-
-
-def _valid_start(options, envs, num_envs):
-    """The arrays in `options` that give a start, of the shapes and within the bounds that `envs` names."""
-    unknown = set(options) - set(envs.start_shapes)
-    if unknown:
-        raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(envs.start_shapes)}")
-    start = {}
-    for name, value in options.items():
-        shape = (num_envs, *envs.start_shapes[name][1:])
-        given = start[name] = _array(f"options[{name!r}]", value, shape, np.float64)
-        low, high = envs.start_bounds.get(name, (-math.inf, math.inf))
-        outside = np.argwhere((given < low) | (given > high))
-        if len(outside):
-            at = tuple(outside[0].tolist())
-            allowed = f"from {low:g} to {np.broadcast_to(high, shape)[at]:g}"
-            raise ValueError(f"options[{name!r}]{list(at)} is {given[at]:g}: it must be {allowed}")
-    return start
-
-
-def _valid_state(state, like, num_envs):
-    """The arrays in `state`, of the names, and for each environment the shapes and types, of those in `like`."""
-    if set(state) != set(like):
-        raise ValueError(f"state has {sorted(state)}: it must hold {sorted(like)}")
-    return {
-        name: _array(f"state[{name!r}]", state[name], (num_envs, *array.shape[1:]), array.dtype)
-        for name, array in like.items()
-    }
-
-
-def _valid_seed(seed, num_envs):
-    """None, a seed, or a list of seeds, one for each environment."""
-    if isinstance(seed, list | tuple):
-        if len(seed) != num_envs:
-            raise ValueError(f"seed is {seed}: a list must have one for each of {num_envs} environments")
-        return [_integer("seed", own, 0, 2**63 - 1) for own in seed]
-    return None if seed is None else _integer("seed", seed, 0, 2**63 - 1)
-
-
-def _pop_identical(options, seed):
-    """How many environments in a row are to start alike."""
-    identical = options.pop("identical", False)
-    group = 2**62 if identical is True else identical
-    if not isinstance(group, numbers.Integral) or group < 0 or (group > 1 and not isinstance(seed, int)):
-        allowed = "True, False or the size of a group, and needs one seed"
-        raise ValueError(f"options['identical'] is {identical!r}: it must be {allowed}")
-    return max(int(group), 1)
-
-
-def _check_open(envs):
-    if envs.closed:
-        raise gym.error.ClosedEnvironmentError("these environments are closed: make new ones")
-
-
-def _check_steppable(envs):
-    _check_open(envs)
-    if not envs.started:
-        raise gym.error.ResetNeeded("step before reset: reset first")
-
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Write one
+# ----------------------------------------------------------------------------------------------------------------------
 def _make_buffers(num_envs, observation_space, reward_shape, stat_names):
     """What a batch writes a step into, first of all; a native environment adds its infos."""
     return {
@@ -881,6 +774,27 @@ def _images(points, reach, box_size):
     return images[((images > -reach) & (images < box_size + reach)).all(axis=1)]
 
 
+def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
+    """Vicsek et al. (1995): turn to the mean heading of oneself and the neighbours within `radius` (None: all seen).
+
+    noise is the width of the uniform error added to each turn [rad].
+    """
+    rng, params = np.random.default_rng(seed), envs.params
+    reach = 1.0 if radius is None else radius / params.radius
+
+    def act(observations, infos):
+        features = observations[..., :-OWN_FEATURES]  # (num_envs, n_agents, n_neighbors * NEIGHBOR_FEATURES)
+        forward, left, cos, sin, present = np.moveaxis(
+            features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES), -1, 0
+        )
+        counted = present * (np.hypot(forward, left) <= reach)  # (num_envs, n_agents, n_neighbors)
+        turn = np.arctan2((counted * sin).sum(-1), 1.0 + (counted * cos).sum(-1))
+        turn += rng.uniform(-0.5 * noise, 0.5 * noise, turn.shape)
+        return np.clip(turn, -params.max_turn, params.max_turn)[..., None].astype(np.float32)
+
+    return act
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # LidarNavigation
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1443,6 +1357,68 @@ class LidarNavigation(NativeVectorEnv):
         return pygame.surfarray.array3d(pygame.transform.flip(surface, False, True)).swapaxes(0, 1).copy()  # y is up
 
 
+def steering_policy(envs, reach=0.45, push=1.4, gain=0.4):
+    """Turn to the goal, and away from the nearest thing that the lidar sees, the more the nearer it is.
+
+    Something in contact weighs `push` times as much as the goal, something `reach` away [m] nothing; `gain` turns a
+    bearing [rad] into motor commands. A goal that is not shown is straight ahead.
+    """
+    bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
+
+    def act(observations, infos):
+        gaps = lidar_distance(observations[..., :N_RAYS].astype(float)) - ROBOT_RADIUS  # (num_envs, n_agents, rays)
+        weight = push * np.maximum(1.0 - gaps.min(-1) / reach, 0.0)
+        nearest, (x, y) = bearing[gaps.argmin(-1)], np.moveaxis(observations[..., N_RAYS + 2 :].astype(float), -1, 0)
+        to_goal = np.arctan2(y, x)
+        turn = np.arctan2(
+            np.sin(to_goal) - weight * np.sin(nearest), np.cos(to_goal) - weight * np.cos(nearest)
+        )  # (num_envs, n_agents)
+        forward, turn = np.maximum(np.cos(turn), 0.0), np.clip(gain * turn, -1.0, 1.0)
+        return np.clip(np.stack([forward - turn, forward + turn], axis=-1), -1.0, 1.0).astype(np.float32)
+
+    return act
+
+
+def planning_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0.55):
+    """Drive where the way is longest for the detour, as seen by the lidar; a hidden goal is kept by dead reckoning.
+
+    Each ray is a way to go, as long as a corridor of half-width `width` along it is free, at most `ahead` or the
+    distance to the goal [m]; `patience` is the share of that length which a detour of half a turn costs. `gain` turns
+    a bearing [rad] into motor commands, and the robot slows down with less than `brake` free ahead [m].
+    """
+    bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
+    cos, sin = np.cos(bearing - bearing[:, None]), np.abs(np.sin(bearing - bearing[:, None]))  # (ways, rays)
+    goal = np.zeros((*envs.action_space.shape[:2], 2))  # where it was last known, forward and left [m]
+    last = np.zeros_like(goal)  # forward speed and yaw rate of the step before [m/s, rad/s]
+
+    def act(observations, infos):
+        speed = observations[..., N_RAYS : N_RAYS + 2] * [WHEEL_SPEED, 2.0 * WHEEL_SPEED / AXLE]
+        moved, turned = np.moveaxis(0.5 * DT * (speed + last), -1, 0)
+        last[...] = speed
+        x, y = goal[..., 0] - moved * np.cos(0.5 * turned), goal[..., 1] - moved * np.sin(0.5 * turned)
+        remembered = np.stack(
+            [np.cos(turned) * x + np.sin(turned) * y, np.cos(turned) * y - np.sin(turned) * x], axis=-1
+        )
+        shown = observations[..., N_RAYS + 2 :].astype(float)
+        length = np.linalg.norm(shown, axis=-1, keepdims=True)
+        goal[...] = np.where(length > 0.0, shown / (1.0 - length), remembered)
+        distance, to_goal = np.linalg.norm(goal, axis=-1), np.arctan2(goal[..., 1], goal[..., 0])
+
+        reading = lidar_distance(observations[..., None, :N_RAYS])  # (num_envs, n_agents, 1, rays)
+        blocks = (reading < LIDAR_RANGE) & (cos > 0.0) & (reading * sin < width)
+        free = np.where(blocks, reading * cos, LIDAR_RANGE).min(-1) - ROBOT_RADIUS  # (num_envs, n_agents, ways)
+        enough = np.minimum(ahead, distance)[..., None]
+        detour = np.abs((bearing - to_goal[..., None] + math.pi) % (2.0 * math.pi) - math.pi)
+        way = np.argmax(np.minimum(free / enough, 1.0) - patience * detour / math.pi, axis=-1)
+        straight = np.take_along_axis(detour, way[..., None], -1)[..., 0] < math.pi / N_RAYS
+        turn = np.where(straight, to_goal, (bearing[way] + math.pi) % (2.0 * math.pi) - math.pi)
+        forward = np.maximum(np.cos(turn), 0.0) * np.clip(free[..., 0] / brake, 0.0, 1.0)
+        turn = np.clip(gain * turn, -1.0, 1.0)
+        return np.clip(np.stack([forward - turn, forward + turn], axis=-1), -1.0, 1.0).astype(np.float32)
+
+    return act
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # VmasNavigation
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1764,6 +1740,885 @@ class VmasNavigation(NativeVectorEnv):
             pygame.draw.circle(surface, color, ring.tolist(), scale * VMAS_RADIUS, 5)
         surface = pygame.transform.flip(pygame.transform.smoothscale(surface, (size, size)), False, True)  # y is up
         return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Baselines
+# ----------------------------------------------------------------------------------------------------------------------
+# A policy is a function (observations, infos) -> actions; `make_policy(envs)` returns one for a batch of environments,
+# so that a policy with memory, or with randomness of its own, starts afresh for every evaluation.
+
+
+def random_policy(envs, seed=0):
+    """Actions drawn from the action space, uniformly where it has bounds."""
+    space = batch_space(envs.single_action_space, envs.num_envs)  # a copy: seeding it leaves that of `envs` alone
+    space.seed(seed)
+    return lambda observations, infos: space.sample()
+
+
+def baselines(env_id, **env_kwargs):
+    """What a trained policy is measured against: {name: (make_policy, env_kwargs)}."""
+    if env_id == "LidarNavigation":
+        drivers = {"steering": steering_policy, "planning": planning_policy, "random": random_policy}
+        return {name: (make_policy, env_kwargs) for name, make_policy in drivers.items()}
+    if env_id != "Swarm":
+        return {"random": (random_policy, env_kwargs)}
+    # Vicsek averages over all within the radius, here its 40 nearest; what is seen changes nothing in the physics.
+    see_all = env_kwargs | {"n_neighbors": max(1, min(env_kwargs.get("n_agents", 10) - 1, 40))}
+    return {"vicsek": (vicsek_policy, see_all), "random": (random_policy, env_kwargs)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+LONGEST_EPISODE = 100_000  # steps; what goes on for longer has no time limit, and may never end
+
+
+def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwargs):
+    """Run `num_episodes` episodes, one in each of as many environments, in this process.
+
+    Returns (stats, rewards, frames): stats maps "r", "l" and the environment's metrics to (num_episodes,) arrays;
+    rewards (length of the longest episode, num_episodes) is the mean reward over agents at each step, NaN once an
+    episode has ended; frames are pictures of the first environment, empty unless `record`. RuntimeError after
+    LONGEST_EPISODE steps.
+    """
+    envs = make_vec(env_id, num_episodes, num_workers=0, render_mode="rgb_array" if record else None, **env_kwargs)
+    policy = make_policy(envs)
+    observations, infos = envs.reset(seed=seed)
+    stats, rewards, frames = None, [], []
+    running = np.ones(num_episodes, bool)  # (num_episodes,), whose first episode still goes on
+    while running.any():
+        if len(rewards) == LONGEST_EPISODE:
+            limit = "give it a time limit, as max_episode_steps among the arguments of a Gymnasium environment"
+            raise RuntimeError(f"an episode of {env_id} did not end within {LONGEST_EPISODE:,} steps: {limit}")
+        if record:
+            frames.append(envs.render()[0])
+        observations, reward, _, _, infos = envs.step(policy(observations, infos))
+        reward = reward.reshape(num_episodes, -1).mean(axis=1)
+        rewards.append(np.where(running, reward, np.nan))
+        if "episode" in infos:
+            ended = running & infos["_episode"]
+            stats = stats or {name: np.zeros(num_episodes) for name in infos["episode"]}
+            for name, values in infos["episode"].items():
+                stats[name][ended] = values[ended]
+            running &= ~ended
+    envs.close()
+    return stats, np.array(rewards), frames
+
+
+def compare(policies, env_id, num_episodes, seed, /, folder=None, **env_kwargs):
+    """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
+
+    Returns (scores, table): the mean return of each, and the whole comparison as Markdown, mean and standard deviation
+    over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and, of an environment that draws
+    pictures, `eval.mp4` (the first episode of each, side by side).
+    """
+    entries = {name: (make_policy, env_kwargs) for name, make_policy in policies.items()}
+    entries |= baselines(env_id, **env_kwargs)
+    results = {name: evaluate(make, env_id, num_episodes, seed, **kwargs) for name, (make, kwargs) in entries.items()}
+    scores = {name: float(stats["r"].mean()) for name, (stats, _, _) in results.items()}
+    names = next(iter(results.values()))[0]
+    metrics = [
+        name for name in names if name not in ("r", "l") and any(stats[name].any() for stats, _, _ in results.values())
+    ]
+    heads = ["policy", "return", "length", "reward per step", *metrics]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, (stats, _, _) in results.items():
+        columns = [stats["r"], stats["l"], stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
+        lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
+    if folder is not None:
+        _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
+        metadata = _metadata(env_id, **env_kwargs)
+        if "rgb_array" not in metadata.get("render_modes", ()):
+            print(f"no eval.mp4: {env_id} draws no pictures")
+            return scores, "\n".join(lines)
+        videos = {}
+        for name, (make_policy, kwargs) in entries.items():
+            videos[f"{name}   {scores[name]:.1f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
+        write_video(videos, f"{folder}/eval.mp4", fps=metadata.get("render_fps") or 25)
+    return scores, "\n".join(lines)
+
+
+def _metadata(env_id, **env_kwargs):
+    with contextlib.closing(make_vec(env_id, 1, num_workers=0, **env_kwargs)) as envs:
+        return envs.metadata
+
+
+def _plot_rewards(curves, path):
+    """Mean over episodes of the reward at every step, with a band of one standard deviation; {name: (steps, n)}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, rewards in curves.items():
+        mean, std, steps = np.nanmean(rewards, axis=1), np.nanstd(rewards, axis=1), np.arange(len(rewards))
+        axes.plot(steps, mean, label=f"{name}: {np.nanmean(rewards):.3f}")
+        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
+    axes.set(xlabel="step of the episode", ylabel="reward per agent", title=f"{rewards.shape[1]} held-out episodes")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def record(make_policy, env_id, seed, path, /, **env_kwargs):
+    """A video of one episode, as fast as the environment's "render_fps"; `path` is a Path."""
+    metadata = _metadata(env_id, **env_kwargs)
+    if "rgb_array" not in metadata.get("render_modes", ()):
+        print(f"no {path.name}: {env_id} draws no pictures")
+        return
+    frames = evaluate(make_policy, env_id, 1, seed, record=True, **env_kwargs)[2]
+    write_video({path.stem: frames}, str(path), fps=metadata.get("render_fps") or 25)
+
+
+def write_video(videos, path, fps=25, **options):
+    """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended.
+
+    frames are pictures (height, width, 3), uint8, of which `fps` are shown in a second; `options` go to moviepy, as in
+    codec="gif".
+    """
+    import pygame
+    from moviepy import VideoClip
+
+    pygame.font.init()
+    font = pygame.font.Font(None, 26)
+
+    def strip(seconds):
+        step, panels = round(seconds * fps), []
+        for caption, frames in videos.items():
+            picture = frames[min(step, len(frames) - 1)]
+            height, width = (size // 2 * 2 for size in picture.shape[:2])  # the codec wants even sides
+            panel = pygame.Surface((width, height + 32))
+            panel.fill("white")
+            panel.blit(pygame.surfarray.make_surface(picture[:height, :width].swapaxes(0, 1)), (0, 32))
+            pygame.draw.rect(panel, "gray50", (0, 32, width, height), 1)
+            panel.blit(font.render(caption, True, "black"), (8, 7))
+            panels.append(pygame.surfarray.array3d(panel).swapaxes(0, 1))
+        return np.concatenate(panels, axis=1)
+
+    longest = max(len(frames) for frames in videos.values())
+    # One strip at a time: all of them may be gigabytes. Half a step more, because moviepy rounds the last one down.
+    clip = VideoClip(strip, duration=(longest + 0.5) / fps)
+    clip.write_videofile(path, fps=fps, audio=False, logger=None, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------------
+# The files of a training run, the same for every script. torch is imported where it is needed, so that environments and
+# their workers do without it.
+
+
+def save(content, path):
+    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new.
+
+    Returns whether that went well; where not, say on a full disk, it says so, and the training need not end for it.
+    """
+    import torch
+
+    data, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    torch.save(content, data)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return True
+    except OSError as error:
+        print(f"\nnot saved, {path}: {error}")
+        temporary.unlink(missing_ok=True)
+        return False
+
+
+def load(path):
+    """What `save` wrote, a dict with at least "args" and "model", its tensors on the CPU.
+
+    weights_only: a file from a stranger holds tensors and plain values, and cannot run code. FileNotFoundError if there
+    is none, ValueError if it is damaged or something else.
+    """
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: content[name] for name in ("args", "model")} | content
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not a file of these scripts: {error!r}") from error
+
+
+def lock(folder):
+    """Whether this process is now the one in a run's folder; the lock goes when it ends, however it ends."""
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    owner = os.getpid()  # whose children close their copy, or one that outlives it would keep the lock
+    os.register_at_fork(after_in_child=lambda: os.getppid() == owner and os.close(descriptor))
+    return True
+
+
+def open_run(args, world_size):
+    """The folder, locked, and checkpoint of an unfinished run of exactly these arguments; or a new folder and None."""
+    name = f"{args['env_id']}__{args['exp_name']}__"
+    for path in sorted(Path("runs").glob(f"{name}*/checkpoint.pt")):
+        try:
+            checkpoint = load(path)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"not resumed, and left where it is: {error}")
+            continue
+        if checkpoint["args"] != args or len(checkpoint.get("ranks", ())) != world_size:
+            print(f"left alone, an unfinished run of other arguments: {path.parent}")
+        elif not lock(path.parent) or not path.exists():
+            print(f"left alone, a run that another process has in hand: {path.parent}")
+        else:
+            return path.parent, load(path)
+    folder = Path("runs") / f"{name}{args['seed']}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    lock(folder)
+    return folder, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vectorizer
+# ----------------------------------------------------------------------------------------------------------------------
+# One contiguous slice of the environments per forked worker; actions, observations, rewards and flags lie in memory
+# that all of them share. Two semaphores per worker, `go` and `done`, say whose turn it is to touch that memory. A
+# semaphore orders memory on every machine (POSIX: what was written before a post is seen after the wait for it), where
+# a plain flag would do so on x86 only, and as long as nobody sleeps on it it costs no system call. So both sides poll
+# for a while, giving up their core in between, and then sleep.
+
+CALLER_POLL_SECONDS = 2e-5  # about a wake-up; in a longer step the core of the caller is worth more to a worker
+WORKER_POLL_SECONDS = 1e-3  # as long as a policy may take to answer; while a learner learns, workers sleep
+CHECK_SECONDS = 0.5  # a sleeper looks this often whether the other side is still alive
+CLOSE_SECONDS = 1.5  # for workers to end their step and close their environments
+POOL_AGENTS = 2000  # native agents stepped at once from which on workers clearly pay: benchmarks/vectorizer.py, part 3
+WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+READY, STEP, CALL, STOP = range(4)  # orders to the workers
+
+
+class GymnasiumVectorEnv(gym.vector.VectorEnv):
+    """`gymnasium.make` environments, stepped one after the other, behind the interface of NativeVectorEnv.
+
+    Observations in floating point come as float32, integers as they are; infos of their own are dropped. Every
+    environment is seeded by itself, from the seed given to `reset` and its index in the whole batch.
+    """
+
+    info_names = ()
+    stat_names = ("r", "l")
+
+    def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
+        try:
+            module, _, name = env_id.rpartition(":")  # "module:id": the module registers it
+            if module:
+                importlib.import_module(module)
+            gym.spec(name)
+        except (gym.error.Error, AttributeError, ImportError, TypeError, ValueError) as error:
+            allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
+            raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
+        if render_mode not in (None, "rgb_array", "human"):
+            raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
+        self.num_envs, self.first_env, self.render_mode = num_envs, first_env, render_mode
+        self.envs = []
+        for env in range(num_envs):
+            # One window is enough, and an environment told to render pays for it at every step.
+            wanted = {} if render_mode is None or (render_mode == "human" and env > 0) else {"render_mode": render_mode}
+            try:
+                self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
+            except (TypeError, ValueError, AssertionError) as error:
+                if not env_kwargs:
+                    raise
+                raise ValueError(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
+        self.spec = self.envs[0].spec
+        self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        space, self.single_action_space = self.envs[0].observation_space, self.envs[0].action_space
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"env_id is {env_id!r}, which observes {space}: only Box observations can be stepped")
+        if not isinstance(self.single_action_space, gym.spaces.Box | gym.spaces.Discrete):
+            allowed = "only Box and Discrete actions can be stepped"
+            raise ValueError(f"env_id is {env_id!r}, which takes {self.single_action_space}: {allowed}")
+        if space.dtype.kind == "f":
+            space = gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+        self.single_observation_space = space
+        self.observation_space = batch_space(space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.buffers = _make_buffers(num_envs, space, (), self.stat_names)
+        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
+        self.started = False
+
+    def reset(self, *, seed=None, options=None):
+        _check_open(self)
+        seed = _valid_seed(seed, self.num_envs)
+        options = None if options is None else dict(options)
+        group = _pop_identical(options, seed) if options else 1
+        env_seed = None
+        for i, env in enumerate(self.envs):
+            if isinstance(seed, list):
+                env_seed = seed[i]
+            elif seed is not None:  # 32 bits: no environment refuses them
+                own = np.random.SeedSequence(seed, spawn_key=(self.first_env + i,))
+                first = np.random.SeedSequence(seed, spawn_key=((self.first_env + i) // group * group,))
+                env_seed = int(first.generate_state(1)[0])
+            self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options or None)
+            if group > 1:
+                env.unwrapped.np_random = np.random.default_rng(own)
+            self.returns[i], self.lengths[i] = 0.0, 0
+        self.started = True
+        return self.buffers["observations"].copy(), {}
+
+    def step(self, actions):
+        _check_steppable(self)
+        self.advance(_valid_actions(actions, self.action_space))
+        return _collect(self.buffers, self.info_names, self.stat_names)
+
+    def advance(self, actions):
+        observations, rewards = self.buffers["observations"], self.buffers["rewards"]
+        terminations, truncations = self.buffers["terminations"], self.buffers["truncations"]
+        # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
+        actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
+        for i, env in enumerate(self.envs):
+            observation, reward, terminated, truncated, _ = env.step(actions[i])
+            rewards[i], terminations[i], truncations[i] = reward, terminated, truncated
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            if terminated or truncated:
+                self.buffers["final_observations"][i] = observation
+                self.buffers["stats"][i] = self.returns[i], self.lengths[i]
+                self.returns[i], self.lengths[i] = 0.0, 0
+                observation, _ = env.reset()
+            observations[i] = observation
+
+    def get_state(self):
+        raise NotImplementedError("Gymnasium environments cannot save their state; the native ones can")
+
+    def set_state(self, state):
+        raise NotImplementedError("Gymnasium environments cannot restore a state; the native ones can")
+
+    def render(self):
+        _check_open(self)
+        if self.render_mode is None:
+            raise ValueError("render_mode is None: give 'rgb_array' or 'human' to make_vec")
+        if self.render_mode == "human":
+            return self.envs[0].render()
+        return tuple(env.render() for env in self.envs)
+
+    def close_extras(self, **kwargs):
+        for env in self.envs:
+            env.close()
+
+
+class Shared(NamedTuple):
+    """What a PoolVectorEnv and its workers have in common; inherited by the fork, never pickled."""
+
+    make_slice: Callable
+    slices: list  # of the environments, one per worker; likewise the semaphores and pipe ends below
+    buffers: dict
+    actions: np.ndarray
+    pids: np.ndarray  # (num_workers,), 0 until the worker has started
+    order: mmap.mmap  # one byte, for all workers
+    go: list
+    done: list
+    channels: tuple  # the caller's ends of the pipes
+    worker_channels: tuple
+    owner: int  # process id of the caller
+
+
+class PoolVectorEnv(gym.vector.VectorEnv):
+    """`make_slice(num_envs, first_env=...)` environments in `num_workers` processes of a `multiprocessing.Pool`.
+
+    Each worker is given one task, `_serve_slice`, that lasts until `close`. An exception in an environment is raised
+    here, with the worker's traceback as its cause, and so is a worker's death; both close the pool. Workers leave by
+    themselves when the caller is gone.
+    """
+
+    def __init__(self, make_slice, num_envs, num_workers):
+        probe = self.probe = make_slice(1)  # refuses bad arguments before anything starts
+        if isinstance(probe, NativeVectorEnv):  # compile once, here, and not in every worker
+            probe.reset(seed=0)
+            probe.step(np.zeros(probe.action_space.shape, probe.action_space.dtype))
+        self.num_envs, self.render_mode, self.spec = num_envs, probe.render_mode, probe.spec
+        self.metadata, self.info_names, self.stat_names = probe.metadata, probe.info_names, probe.stat_names
+        self.single_observation_space = probe.single_observation_space
+        self.single_action_space = probe.single_action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.buffers = {
+            name: shared_array((num_envs, *array.shape[1:]), array.dtype) for name, array in probe.buffers.items()
+        }
+        context = multiprocessing.get_context("fork")
+        bounds = [num_envs * worker // num_workers for worker in range(num_workers + 1)]
+        channels, worker_channels = zip(*[context.Pipe() for _ in range(num_workers)], strict=True)
+        self.shared = Shared(
+            make_slice=make_slice,
+            slices=[slice(first, last) for first, last in itertools.pairwise(bounds)],
+            buffers=self.buffers,
+            actions=shared_array(self.action_space.shape, self.action_space.dtype),
+            pids=shared_array((num_workers,), np.int64),
+            order=mmap.mmap(-1, 1),
+            go=[context.Semaphore(0) for _ in range(num_workers)],
+            done=[context.Semaphore(0) for _ in range(num_workers)],
+            channels=channels,
+            worker_channels=worker_channels,
+            owner=os.getpid(),
+        )
+        self.started = False
+        # A Ctrl-C or SIGTERM in the middle of this waits; in a worker, until `_start_worker` has said what to do with
+        # it. The Pool's threads inherit the mask, and with it the workers that the Pool puts in the place of dead ones.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
+        try:
+            self.pool = context.Pool(num_workers, _start_worker, (self.shared,))
+            self.tasks = [self.pool.apply_async(_serve_slice, (worker,)) for worker in range(num_workers)]
+            # If nobody calls `close`, then at exit, before the Pool's own handler (priority 15) waits for its workers.
+            self.stop_workers = Finalize(None, _stop_workers, (self.shared, self.tasks), exitpriority=20)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for channel in worker_channels:  # the workers alone hold these ends now, so that each closes with its worker
+            channel.close()
+        self._tell(READY)
+
+    def reset(self, *, seed=None, options=None):
+        _check_open(self)
+        seed, own = _valid_seed(seed, self.num_envs), dict(options or {})
+        seeds = [seed[part] if isinstance(seed, list) else seed for part in self.shared.slices]
+        group, parts = _pop_identical(own, seed), [options] * len(self.tasks)
+        if isinstance(self.probe, NativeVectorEnv):
+            start = _valid_start(own, self.probe, self.num_envs)
+            parts = [part | {"identical": group} for part in self._split(start)]
+        pairs = zip(seeds, parts, strict=True)
+        self._tell(CALL, [methodcaller("reset", seed=own, options=part) for own, part in pairs])
+        return self._observed()
+
+    def step(self, actions):
+        _check_steppable(self)
+        self.shared.actions[...] = _valid_actions(actions, self.action_space)
+        self._tell(STEP)
+        return _collect(self.buffers, self.info_names, self.stat_names)
+
+    def get_state(self):
+        """All that the future depends on, as a dict of arrays, num_envs first: the same for any number of workers."""
+        self.probe.get_state()  # raises where a state cannot be had
+        states = self._tell(CALL, [methodcaller("get_state")] * len(self.tasks))
+        return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+
+    def set_state(self, state):
+        """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
+        state = _valid_state(state, self.probe.get_state(), self.num_envs)
+        self._tell(CALL, [methodcaller("set_state", part) for part in self._split(state)])
+        return self._observed()
+
+    def render(self):
+        if self.render_mode is None:
+            raise ValueError("render_mode is None: give 'rgb_array' to make_vec")
+        return sum(self._tell(CALL, [methodcaller("render")] * len(self.tasks)), ())
+
+    def close_extras(self, **kwargs):
+        if os.getpid() != self.shared.owner:  # a copy of this object in some other fork: not its workers
+            return
+        self.probe.close()
+        self.stop_workers()
+        # A worker that was killed while idle keeps a lock for ever that `terminate` may need: do not wait as long.
+        ending = threading.Thread(target=self.pool.terminate, daemon=True)
+        ending.start()
+        ending.join(CLOSE_SECONDS)
+        for process in multiprocessing.active_children():
+            if process.pid in self.shared.pids:
+                process.kill()
+                process.join()
+
+    def __del__(self):
+        if hasattr(self, "stop_workers") and not sys.is_finalizing():  # at exit, the exit handlers have done it
+            self.close()
+
+    def _tell(self, order, messages=()):
+        """Give every worker an order, and wait. CALL comes with a message for each, and returns their answers."""
+        _check_open(self)
+        shared = self.shared
+        try:
+            shared.order[0] = order
+            for go in shared.go:
+                go.release()
+            for worker, message in enumerate(messages):
+                with contextlib.suppress(ConnectionError):  # it died: `_receive` will say so
+                    shared.channels[worker].send(message)
+            answers = [self._receive(worker) for worker in range(len(messages))]
+            for done in shared.done:
+                _take(done, CALLER_POLL_SECONDS, self._check_workers)
+        except BaseException:  # a Ctrl-C, too: half a step must not pass for a whole one
+            self.close()
+            raise
+        return answers
+
+    def _receive(self, worker):
+        channel = self.shared.channels[worker]
+        while not channel.poll(CHECK_SECONDS):
+            self._check_workers()
+        try:
+            return channel.recv()
+        except (EOFError, ConnectionError):
+            raise _death(self.shared.pids[worker]) from None
+
+    def _check_workers(self):
+        for task in self.tasks:
+            if task.ready():  # before it was told to stop: it failed
+                task.get()
+        alive = {process.pid for process in multiprocessing.active_children()}
+        for pid in self.shared.pids.tolist():
+            if pid and pid not in alive:
+                raise _death(pid)
+
+    def _split(self, arrays):
+        """One dict per worker with its part of the arrays."""
+        return [{name: array[part] for name, array in arrays.items()} for part in self.shared.slices]
+
+    def _observed(self):
+        self.started = True
+        infos = {name: self.buffers[name].copy() for name in self.info_names}
+        return self.buffers["observations"].copy(), infos
+
+
+def _start_worker(shared):
+    """What every process of the Pool does first, whether a task awaits it or it only takes a dead worker's place."""
+    global _inherited
+    if "torch" in sys.modules:  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
+        sys.modules["torch"].set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to them and what they start, but the caller decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
+    _inherited = shared
+
+
+def _serve_slice(worker):
+    """A worker's one task: build its slice of the environments and follow orders until told to stop."""
+    shared, part = _inherited, _inherited.slices[worker]
+    shared.pids[worker] = os.getpid()
+    channel, go, done = shared.worker_channels[worker], shared.go[worker], shared.done[worker]
+    for other in {*shared.channels, *shared.worker_channels} - {channel}:
+        other.close()
+
+    def check_caller():
+        if os.getppid() != shared.owner:
+            sys.exit()
+
+    # A SIGTERM to the whole job must leave the caller its workers, so that it can save what they hold. An empty handler
+    # instead of SIG_IGN, because a program that an environment starts would inherit that.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with contextlib.closing(shared.make_slice(part.stop - part.start, first_env=part.start)) as env:
+            env.buffers = {name: array[part] for name, array in shared.buffers.items()}
+            actions = shared.actions[part]
+            while True:
+                _take(go, WORKER_POLL_SECONDS, check_caller)
+                order = shared.order[0]
+                if order == STEP:
+                    env.advance(actions)
+                elif order == CALL:
+                    channel.send(channel.recv()(env))
+                elif order == STOP:
+                    return
+                done.release()
+    except Exception:
+        check_caller()  # with nobody left to hear of it, leave quietly
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop_workers(shared, tasks):
+    """End the tasks: tell the workers, give them time to close their environments, and kill those that did not."""
+    shared.order[0] = STOP
+    for go in shared.go:
+        go.release()
+    deadline = time.monotonic() + CLOSE_SECONDS
+    alive = {process.pid: process for process in multiprocessing.active_children()}
+    for pid, task in zip(shared.pids.tolist(), tasks, strict=True):
+        if pid in alive:
+            task.wait(max(0.0, deadline - time.monotonic()))
+            if not task.ready():
+                alive[pid].kill()
+
+
+def _death(pid):
+    return RuntimeError(f"worker process {pid} died: it was killed (out of memory?), or crashed")
+
+
+def _take(semaphore, poll_seconds, check):
+    """Take a semaphore; while it is long in coming, `check` now and then whether it will come at all."""
+    deadline = time.perf_counter() + poll_seconds
+    while not semaphore.acquire(False):
+        if time.perf_counter() < deadline:
+            os.sched_yield()
+        elif semaphore.acquire(True, CHECK_SECONDS):
+            return
+        else:
+            check()
+
+
+def shared_array(shape, dtype):
+    """Zeros in memory that this process shares with those that it will fork."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))  # anonymous: gone with the last to hold it
+    return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ----------------------------------------------------------------------------------------------------------------------
+# One native environment alone, for libraries that step it so: `gymnasium.make("CleanSwarm/LunarLander-v0")`, of one
+# agent, and `parallel_env("Swarm")`, of many. `gymnasium.make_vec` of these ids is the `make_vec` of this file.
+
+SINGLE_AGENT = ("LunarLander", "DenseLunarLander", "SparseLunarLander")
+
+
+class NativeEnv(gym.Env):
+    """A native environment as a `gymnasium.Env`: an episode that has ended stays so until `reset`.
+
+    The same seed and actions give the same trajectory as in `make_vec(env_id, 1)`, whose next episode is what `reset`
+    without a seed returns. Nothing has the axis of num_envs, the arrays in `options` neither. The info of an episode's
+    last step also holds the metrics of the episode, but "r" and "l", which Gymnasium's RecordEpisodeStatistics adds.
+    After that step `render` shows the state before it: the kernels leave none between it and the next episode.
+    """
+
+    metadata = {"render_modes": NativeVectorEnv.metadata["render_modes"], "render_fps": 50}  # the landers'
+
+    def __init__(self, env_id, render_mode=None, **env_kwargs):
+        self.envs = make_vec(env_id, num_envs=1, num_workers=0, render_mode=render_mode, **env_kwargs)
+        self.metadata = {name: self.envs.metadata[name] for name in self.metadata}
+        self.render_mode = render_mode
+        self.observation_space = self.envs.single_observation_space
+        self.action_space = self.envs.single_action_space
+        self.next_start = None  # once an episode has ended, the state at the start of the next
+
+    def reset(self, *, seed=None, options=None):
+        options, shapes = dict(options or {}), self.envs.start_shapes
+        for name in set(options) & set(shapes):
+            array = _array(f"options[{name!r}]", options[name], shapes[name][1:], np.float64)
+            options[name] = array.reshape(shapes[name])
+        if self.next_start is not None:
+            observations, infos = self.envs.set_state(self.next_start)
+        if self.next_start is None or seed is not None or options:
+            observations, infos = self.envs.reset(seed=seed, options=options)
+        self.next_start = None
+        super().reset(seed=seed)  # for `np_random`, which wrappers may draw from
+        if self.render_mode == "human":
+            self.render()
+        return observations[0], {name: values[0] for name, values in infos.items()}
+
+    def step(self, action):
+        if self.next_start is not None:
+            raise gym.error.ResetNeeded("step after the end of the episode: reset first")
+        before = None if self.render_mode is None else self.envs.get_state()
+        observations, rewards, terminations, truncations, infos = self.envs.step([action])
+        metrics = {}
+        if terminations[0] or truncations[0]:
+            self.next_start = self.envs.get_state()
+            if before is not None:
+                self.envs.set_state(before)
+            metrics = {name: float(value) for name, (value,) in infos["episode"].items() if name not in ("r", "l")}
+            observations, infos = infos["final_obs"], infos["final_info"]
+        if self.render_mode == "human":
+            self.render()
+        info = {name: values[0] for name, values in infos.items()} | metrics
+        return observations[0], rewards[0].tolist(), bool(terminations[0]), bool(truncations[0]), info
+
+    def render(self):
+        pictures = self.envs.render()
+        return None if pictures is None else pictures[0]
+
+    def close(self):
+        self.envs.close()
+
+
+for _name in SINGLE_AGENT:
+    if f"CleanSwarm/{_name}-v0" not in gym.registry:  # it may be, when a notebook reloads this file
+        entry_points = dict(entry_point=f"{__name__}:NativeEnv", vector_entry_point=f"{__name__}:make_vec")
+        gym.register(f"CleanSwarm/{_name}-v0", **entry_points, kwargs={"env_id": _name})
+
+
+def parallel_env(env_id, render_mode=None, **env_kwargs):
+    """A native environment of many agents as a `pettingzoo.ParallelEnv`, of "agent_0", "agent_1", ...
+
+    All agents end together. What `NativeEnv` promises holds here too; the metrics are in the info of every agent.
+    """
+    multi_agent = sorted(set(NATIVE_ENVS) - set(SINGLE_AGENT))
+    if env_id not in multi_agent:
+        raise ValueError(f"env_id is {env_id!r}: it must be one of {multi_agent}")
+    try:
+        from pettingzoo import ParallelEnv
+    except ImportError as error:
+        raise ImportError("parallel_env needs PettingZoo: pip install pettingzoo") from error
+
+    class NativeParallelEnv(ParallelEnv):
+        def __init__(self):
+            self.env = NativeEnv(env_id, render_mode, **env_kwargs)
+            self.metadata, self.render_mode = {"name": env_id, **self.env.metadata}, render_mode
+            observed, acted = self.env.observation_space, self.env.action_space  # (n_agents, ...)
+            self.agents, self.possible_agents = [], [f"agent_{i}" for i in range(len(observed.low))]
+            self.observation_spaces = self.by_agent(map(gym.spaces.Box, observed.low, observed.high))
+            self.action_spaces = self.by_agent(map(gym.spaces.Box, acted.low, acted.high))
+
+        def observation_space(self, agent):
+            return self.observation_spaces[agent]
+
+        def action_space(self, agent):
+            return self.action_spaces[agent]
+
+        def by_agent(self, values):
+            return dict(zip(self.possible_agents, values, strict=True))
+
+        def infos_by_agent(self, info):
+            def of_agent(i):
+                return {name: value if np.isscalar(value) else value[i] for name, value in info.items()}
+
+            return self.by_agent(map(of_agent, range(len(self.possible_agents))))
+
+        def reset(self, seed=None, options=None):
+            options = dict(options or {})
+            for name in set(options) - set(self.env.envs.start_shapes):  # no error: PettingZoo's own tests give some
+                warnings.warn(f"options[{name!r}] is not for {env_id}: ignored", stacklevel=2)
+                del options[name]
+            observations, info = self.env.reset(seed=seed, options=options)
+            self.agents = list(self.possible_agents)
+            return self.by_agent(observations), self.infos_by_agent(info)
+
+        def step(self, actions):
+            agents = self.agents  # none before `reset` or after the end, which `self.env` refuses
+            if agents and set(actions) != set(agents):
+                raise ValueError(f"actions are for {list(actions)}: they must be for {agents}")
+            observations, rewards, *ends, info = self.env.step([actions[agent] for agent in agents])
+            if any(ends):
+                self.agents = []
+            ends = [dict.fromkeys(agents, end) for end in ends]
+            return self.by_agent(observations), self.by_agent(rewards), *ends, self.infos_by_agent(info)
+
+        def render(self):
+            return self.env.render()
+
+        def close(self):
+            self.env.close()
+
+    return NativeParallelEnv()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _integer(name, value, low, high=math.inf):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}: it must be an integer, {allowed}")
+    return int(value)
+
+
+def _number(name, value, low=-math.inf, high=math.inf):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number")
+    if not low <= value <= high:
+        allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value!r}: it must be {allowed}")
+    return float(value)
+
+
+def _array(name, value, shape, dtype):
+    try:
+        array = np.asarray(value, dtype=dtype)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: it must be an array of numbers of shape {shape}") from None
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}: it must be {shape}")
+    if np.count_nonzero(np.isfinite(array)) < array.size:  # several times faster than all()
+        raise ValueError(f"{name} holds NaN or infinity: every entry must be finite")
+    return np.ascontiguousarray(array)
+
+
+def _valid_actions(actions, space):
+    """The actions of a whole batch as an array; a ValueError names what is wrong with them."""
+    box = isinstance(space, gym.spaces.Box)
+    if box and space.dtype.kind == "f":
+        return _array("actions", actions, space.shape, space.dtype)
+    actions = np.asarray(actions)
+    if actions.dtype.kind not in "iu" or actions.shape != space.shape:
+        raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
+    if not box and _within(np.ascontiguousarray(actions, np.int64), space.start, space.nvec):
+        return actions
+    low, high = (space.low, space.high) if box else (space.start, space.start + space.nvec - 1)
+    outside = np.argwhere((actions < low) | (actions > high))
+    if len(outside):
+        at = tuple(outside[0].tolist())
+        raise ValueError(f"actions{list(at)} is {actions[at]}: it must be an integer from {low[at]} to {high[at]}")
+    return actions
+
+
+@njit(cache=True)
+def _within(actions, start, count):
+    """Whether each is one of `count` integers from `start` on; NumPy would take as long as the physics of a lander."""
+    outside = 0
+    for i in range(actions.size):
+        outside += not 0 <= actions.flat[i] - start.flat[i] < count.flat[i]
+    return outside == 0
+
+
+def _valid_start(options, envs, num_envs):
+    """The arrays in `options` that give a start, of the shapes and within the bounds that `envs` names."""
+    unknown = set(options) - set(envs.start_shapes)
+    if unknown:
+        raise ValueError(f"options has {sorted(unknown)}: it may hold {sorted(envs.start_shapes)}")
+    start = {}
+    for name, value in options.items():
+        shape = (num_envs, *envs.start_shapes[name][1:])
+        given = start[name] = _array(f"options[{name!r}]", value, shape, np.float64)
+        low, high = envs.start_bounds.get(name, (-math.inf, math.inf))
+        outside = np.argwhere((given < low) | (given > high))
+        if len(outside):
+            at = tuple(outside[0].tolist())
+            allowed = f"from {low:g} to {np.broadcast_to(high, shape)[at]:g}"
+            raise ValueError(f"options[{name!r}]{list(at)} is {given[at]:g}: it must be {allowed}")
+    return start
+
+
+def _valid_state(state, like, num_envs):
+    """The arrays in `state`, of the names, and for each environment the shapes and types, of those in `like`."""
+    if set(state) != set(like):
+        raise ValueError(f"state has {sorted(state)}: it must hold {sorted(like)}")
+    return {
+        name: _array(f"state[{name!r}]", state[name], (num_envs, *array.shape[1:]), array.dtype)
+        for name, array in like.items()
+    }
+
+
+def _valid_seed(seed, num_envs):
+    """None, a seed, or a list of seeds, one for each environment."""
+    if isinstance(seed, list | tuple):
+        if len(seed) != num_envs:
+            raise ValueError(f"seed is {seed}: a list must have one for each of {num_envs} environments")
+        return [_integer("seed", own, 0, 2**63 - 1) for own in seed]
+    return None if seed is None else _integer("seed", seed, 0, 2**63 - 1)
+
+
+def _pop_identical(options, seed):
+    """How many environments in a row are to start alike."""
+    identical = options.pop("identical", False)
+    group = 2**62 if identical is True else identical
+    if not isinstance(group, numbers.Integral) or group < 0 or (group > 1 and not isinstance(seed, int)):
+        allowed = "True, False or the size of a group, and needs one seed"
+        raise ValueError(f"options['identical'] is {identical!r}: it must be {allowed}")
+    return max(int(group), 1)
+
+
+def _check_open(envs):
+    if envs.closed:
+        raise gym.error.ClosedEnvironmentError("these environments are closed: make new ones")
+
+
+def _check_steppable(envs):
+    _check_open(envs)
+    if not envs.started:
+        raise gym.error.ResetNeeded("step before reset: reset first")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3156,6 +4011,9 @@ class LunarLander(NativeVectorEnv):
         return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Native ids
+# ----------------------------------------------------------------------------------------------------------------------
 NATIVE_ENVS = {
     "Swarm": Swarm,
     "LidarNavigation": LidarNavigation,
@@ -3164,847 +4022,3 @@ NATIVE_ENVS = {
     "DenseLunarLander": partial(LunarLander, randomize_spawn=True),
     "SparseLunarLander": partial(LunarLander, randomize_spawn=True, sparse_reward=True),
 }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Baselines
-# ----------------------------------------------------------------------------------------------------------------------
-# A policy is a function (observations, infos) -> actions; `make_policy(envs)` returns one for a batch of environments,
-# so that a policy with memory, or with randomness of its own, starts afresh for every evaluation.
-
-
-def random_policy(envs, seed=0):
-    """Actions drawn from the action space, uniformly where it has bounds."""
-    space = batch_space(envs.single_action_space, envs.num_envs)  # a copy: seeding it leaves that of `envs` alone
-    space.seed(seed)
-    return lambda observations, infos: space.sample()
-
-
-def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
-    """Vicsek et al. (1995): turn to the mean heading of oneself and the neighbours within `radius` (None: all seen).
-
-    noise is the width of the uniform error added to each turn [rad].
-    """
-    rng, params = np.random.default_rng(seed), envs.params
-    reach = 1.0 if radius is None else radius / params.radius
-
-    def act(observations, infos):
-        features = observations[..., :-OWN_FEATURES]  # (num_envs, n_agents, n_neighbors * NEIGHBOR_FEATURES)
-        forward, left, cos, sin, present = np.moveaxis(
-            features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES), -1, 0
-        )
-        counted = present * (np.hypot(forward, left) <= reach)  # (num_envs, n_agents, n_neighbors)
-        turn = np.arctan2((counted * sin).sum(-1), 1.0 + (counted * cos).sum(-1))
-        turn += rng.uniform(-0.5 * noise, 0.5 * noise, turn.shape)
-        return np.clip(turn, -params.max_turn, params.max_turn)[..., None].astype(np.float32)
-
-    return act
-
-
-def steering_policy(envs, reach=0.45, push=1.4, gain=0.4):
-    """Turn to the goal, and away from the nearest thing that the lidar sees, the more the nearer it is.
-
-    Something in contact weighs `push` times as much as the goal, something `reach` away [m] nothing; `gain` turns a
-    bearing [rad] into motor commands. A goal that is not shown is straight ahead.
-    """
-    bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
-
-    def act(observations, infos):
-        gaps = lidar_distance(observations[..., :N_RAYS].astype(float)) - ROBOT_RADIUS  # (num_envs, n_agents, rays)
-        weight = push * np.maximum(1.0 - gaps.min(-1) / reach, 0.0)
-        nearest, (x, y) = bearing[gaps.argmin(-1)], np.moveaxis(observations[..., N_RAYS + 2 :].astype(float), -1, 0)
-        to_goal = np.arctan2(y, x)
-        turn = np.arctan2(
-            np.sin(to_goal) - weight * np.sin(nearest), np.cos(to_goal) - weight * np.cos(nearest)
-        )  # (num_envs, n_agents)
-        forward, turn = np.maximum(np.cos(turn), 0.0), np.clip(gain * turn, -1.0, 1.0)
-        return np.clip(np.stack([forward - turn, forward + turn], axis=-1), -1.0, 1.0).astype(np.float32)
-
-    return act
-
-
-def planning_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0.55):
-    """Drive where the way is longest for the detour, as seen by the lidar; a hidden goal is kept by dead reckoning.
-
-    Each ray is a way to go, as long as a corridor of half-width `width` along it is free, at most `ahead` or the
-    distance to the goal [m]; `patience` is the share of that length which a detour of half a turn costs. `gain` turns
-    a bearing [rad] into motor commands, and the robot slows down with less than `brake` free ahead [m].
-    """
-    bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
-    cos, sin = np.cos(bearing - bearing[:, None]), np.abs(np.sin(bearing - bearing[:, None]))  # (ways, rays)
-    goal = np.zeros((*envs.action_space.shape[:2], 2))  # where it was last known, forward and left [m]
-    last = np.zeros_like(goal)  # forward speed and yaw rate of the step before [m/s, rad/s]
-
-    def act(observations, infos):
-        speed = observations[..., N_RAYS : N_RAYS + 2] * [WHEEL_SPEED, 2.0 * WHEEL_SPEED / AXLE]
-        moved, turned = np.moveaxis(0.5 * DT * (speed + last), -1, 0)
-        last[...] = speed
-        x, y = goal[..., 0] - moved * np.cos(0.5 * turned), goal[..., 1] - moved * np.sin(0.5 * turned)
-        remembered = np.stack(
-            [np.cos(turned) * x + np.sin(turned) * y, np.cos(turned) * y - np.sin(turned) * x], axis=-1
-        )
-        shown = observations[..., N_RAYS + 2 :].astype(float)
-        length = np.linalg.norm(shown, axis=-1, keepdims=True)
-        goal[...] = np.where(length > 0.0, shown / (1.0 - length), remembered)
-        distance, to_goal = np.linalg.norm(goal, axis=-1), np.arctan2(goal[..., 1], goal[..., 0])
-
-        reading = lidar_distance(observations[..., None, :N_RAYS])  # (num_envs, n_agents, 1, rays)
-        blocks = (reading < LIDAR_RANGE) & (cos > 0.0) & (reading * sin < width)
-        free = np.where(blocks, reading * cos, LIDAR_RANGE).min(-1) - ROBOT_RADIUS  # (num_envs, n_agents, ways)
-        enough = np.minimum(ahead, distance)[..., None]
-        detour = np.abs((bearing - to_goal[..., None] + math.pi) % (2.0 * math.pi) - math.pi)
-        way = np.argmax(np.minimum(free / enough, 1.0) - patience * detour / math.pi, axis=-1)
-        straight = np.take_along_axis(detour, way[..., None], -1)[..., 0] < math.pi / N_RAYS
-        turn = np.where(straight, to_goal, (bearing[way] + math.pi) % (2.0 * math.pi) - math.pi)
-        forward = np.maximum(np.cos(turn), 0.0) * np.clip(free[..., 0] / brake, 0.0, 1.0)
-        turn = np.clip(gain * turn, -1.0, 1.0)
-        return np.clip(np.stack([forward - turn, forward + turn], axis=-1), -1.0, 1.0).astype(np.float32)
-
-    return act
-
-
-def baselines(env_id, **env_kwargs):
-    """What a trained policy is measured against: {name: (make_policy, env_kwargs)}."""
-    if env_id == "LidarNavigation":
-        drivers = {"steering": steering_policy, "planning": planning_policy, "random": random_policy}
-        return {name: (make_policy, env_kwargs) for name, make_policy in drivers.items()}
-    if env_id != "Swarm":
-        return {"random": (random_policy, env_kwargs)}
-    # Vicsek averages over all within the radius, here its 40 nearest; what is seen changes nothing in the physics.
-    see_all = env_kwargs | {"n_neighbors": max(1, min(env_kwargs.get("n_agents", 10) - 1, 40))}
-    return {"vicsek": (vicsek_policy, see_all), "random": (random_policy, env_kwargs)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ----------------------------------------------------------------------------------------------------------------------
-
-LONGEST_EPISODE = 100_000  # steps; what goes on for longer has no time limit, and may never end
-
-
-def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwargs):
-    """Run `num_episodes` episodes, one in each of as many environments, in this process.
-
-    Returns (stats, rewards, frames): stats maps "r", "l" and the environment's metrics to (num_episodes,) arrays;
-    rewards (length of the longest episode, num_episodes) is the mean reward over agents at each step, NaN once an
-    episode has ended; frames are pictures of the first environment, empty unless `record`. RuntimeError after
-    LONGEST_EPISODE steps.
-    """
-    envs = make_vec(env_id, num_episodes, num_workers=0, render_mode="rgb_array" if record else None, **env_kwargs)
-    policy = make_policy(envs)
-    observations, infos = envs.reset(seed=seed)
-    stats, rewards, frames = None, [], []
-    running = np.ones(num_episodes, bool)  # (num_episodes,), whose first episode still goes on
-    while running.any():
-        if len(rewards) == LONGEST_EPISODE:
-            limit = "give it a time limit, as max_episode_steps among the arguments of a Gymnasium environment"
-            raise RuntimeError(f"an episode of {env_id} did not end within {LONGEST_EPISODE:,} steps: {limit}")
-        if record:
-            frames.append(envs.render()[0])
-        observations, reward, _, _, infos = envs.step(policy(observations, infos))
-        reward = reward.reshape(num_episodes, -1).mean(axis=1)
-        rewards.append(np.where(running, reward, np.nan))
-        if "episode" in infos:
-            ended = running & infos["_episode"]
-            stats = stats or {name: np.zeros(num_episodes) for name in infos["episode"]}
-            for name, values in infos["episode"].items():
-                stats[name][ended] = values[ended]
-            running &= ~ended
-    envs.close()
-    return stats, np.array(rewards), frames
-
-
-def compare(policies, env_id, num_episodes, seed, /, folder=None, **env_kwargs):
-    """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
-
-    Returns (scores, table): the mean return of each, and the whole comparison as Markdown, mean and standard deviation
-    over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and, of an environment that draws
-    pictures, `eval.mp4` (the first episode of each, side by side).
-    """
-    entries = {name: (make_policy, env_kwargs) for name, make_policy in policies.items()}
-    entries |= baselines(env_id, **env_kwargs)
-    results = {name: evaluate(make, env_id, num_episodes, seed, **kwargs) for name, (make, kwargs) in entries.items()}
-    scores = {name: float(stats["r"].mean()) for name, (stats, _, _) in results.items()}
-    names = next(iter(results.values()))[0]
-    metrics = [
-        name for name in names if name not in ("r", "l") and any(stats[name].any() for stats, _, _ in results.values())
-    ]
-    heads = ["policy", "return", "length", "reward per step", *metrics]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, (stats, _, _) in results.items():
-        columns = [stats["r"], stats["l"], stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
-        lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
-    if folder is not None:
-        _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
-        metadata = _metadata(env_id, **env_kwargs)
-        if "rgb_array" not in metadata.get("render_modes", ()):
-            print(f"no eval.mp4: {env_id} draws no pictures")
-            return scores, "\n".join(lines)
-        videos = {}
-        for name, (make_policy, kwargs) in entries.items():
-            videos[f"{name}   {scores[name]:.1f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
-        write_video(videos, f"{folder}/eval.mp4", fps=metadata.get("render_fps") or 25)
-    return scores, "\n".join(lines)
-
-
-def _metadata(env_id, **env_kwargs):
-    with contextlib.closing(make_vec(env_id, 1, num_workers=0, **env_kwargs)) as envs:
-        return envs.metadata
-
-
-def _plot_rewards(curves, path):
-    """Mean over episodes of the reward at every step, with a band of one standard deviation; {name: (steps, n)}."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, rewards in curves.items():
-        mean, std, steps = np.nanmean(rewards, axis=1), np.nanstd(rewards, axis=1), np.arange(len(rewards))
-        axes.plot(steps, mean, label=f"{name}: {np.nanmean(rewards):.3f}")
-        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
-    axes.set(xlabel="step of the episode", ylabel="reward per agent", title=f"{rewards.shape[1]} held-out episodes")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def record(make_policy, env_id, seed, path, /, **env_kwargs):
-    """A video of one episode, as fast as the environment's "render_fps"; `path` is a Path."""
-    metadata = _metadata(env_id, **env_kwargs)
-    if "rgb_array" not in metadata.get("render_modes", ()):
-        print(f"no {path.name}: {env_id} draws no pictures")
-        return
-    frames = evaluate(make_policy, env_id, 1, seed, record=True, **env_kwargs)[2]
-    write_video({path.stem: frames}, str(path), fps=metadata.get("render_fps") or 25)
-
-
-def write_video(videos, path, fps=25, **options):
-    """One mp4 of {caption: frames} side by side; one that ends early stands still until the last has ended.
-
-    frames are pictures (height, width, 3), uint8, of which `fps` are shown in a second; `options` go to moviepy, as in
-    codec="gif".
-    """
-    import pygame
-    from moviepy import VideoClip
-
-    pygame.font.init()
-    font = pygame.font.Font(None, 26)
-
-    def strip(seconds):
-        step, panels = round(seconds * fps), []
-        for caption, frames in videos.items():
-            picture = frames[min(step, len(frames) - 1)]
-            height, width = (size // 2 * 2 for size in picture.shape[:2])  # the codec wants even sides
-            panel = pygame.Surface((width, height + 32))
-            panel.fill("white")
-            panel.blit(pygame.surfarray.make_surface(picture[:height, :width].swapaxes(0, 1)), (0, 32))
-            pygame.draw.rect(panel, "gray50", (0, 32, width, height), 1)
-            panel.blit(font.render(caption, True, "black"), (8, 7))
-            panels.append(pygame.surfarray.array3d(panel).swapaxes(0, 1))
-        return np.concatenate(panels, axis=1)
-
-    longest = max(len(frames) for frames in videos.values())
-    # One strip at a time: all of them may be gigabytes. Half a step more, because moviepy rounds the last one down.
-    clip = VideoClip(strip, duration=(longest + 0.5) / fps)
-    clip.write_videofile(path, fps=fps, audio=False, logger=None, **options)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-# ----------------------------------------------------------------------------------------------------------------------
-# The files of a training run, the same for every script. torch is imported where it is needed, so that environments and
-# their workers do without it.
-
-
-def save(content, path):
-    """Write beside it, then rename: whenever the process dies, `path` is whole, the old one or the new.
-
-    Returns whether that went well; where not, say on a full disk, it says so, and the training need not end for it.
-    """
-    import torch
-
-    data, temporary = io.BytesIO(), Path(f"{path}.tmp")
-    torch.save(content, data)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return True
-    except OSError as error:
-        print(f"\nnot saved, {path}: {error}")
-        temporary.unlink(missing_ok=True)
-        return False
-
-
-def load(path):
-    """What `save` wrote, a dict with at least "args" and "model", its tensors on the CPU.
-
-    weights_only: a file from a stranger holds tensors and plain values, and cannot run code. FileNotFoundError if there
-    is none, ValueError if it is damaged or something else.
-    """
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: content[name] for name in ("args", "model")} | content
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is damaged, or not a file of these scripts: {error!r}") from error
-
-
-def lock(folder):
-    """Whether this process is now the one in a run's folder; the lock goes when it ends, however it ends."""
-    import fcntl  # not on Windows
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return False
-    owner = os.getpid()  # whose children close their copy, or one that outlives it would keep the lock
-    os.register_at_fork(after_in_child=lambda: os.getppid() == owner and os.close(descriptor))
-    return True
-
-
-def open_run(args, world_size):
-    """The folder, locked, and checkpoint of an unfinished run of exactly these arguments; or a new folder and None."""
-    name = f"{args['env_id']}__{args['exp_name']}__"
-    for path in sorted(Path("runs").glob(f"{name}*/checkpoint.pt")):
-        try:
-            checkpoint = load(path)
-        except (FileNotFoundError, ValueError) as error:
-            print(f"not resumed, and left where it is: {error}")
-            continue
-        if checkpoint["args"] != args or len(checkpoint.get("ranks", ())) != world_size:
-            print(f"left alone, an unfinished run of other arguments: {path.parent}")
-        elif not lock(path.parent) or not path.exists():
-            print(f"left alone, a run that another process has in hand: {path.parent}")
-        else:
-            return path.parent, load(path)
-    folder = Path("runs") / f"{name}{args['seed']}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir(parents=True)
-    lock(folder)
-    return folder, None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters
-# ----------------------------------------------------------------------------------------------------------------------
-# One native environment alone, for libraries that step it so: `gymnasium.make("CleanSwarm/LunarLander-v0")`, of one
-# agent, and `parallel_env("Swarm")`, of many. `gymnasium.make_vec` of these ids is the `make_vec` of this file.
-
-SINGLE_AGENT = ("LunarLander", "DenseLunarLander", "SparseLunarLander")
-
-
-class NativeEnv(gym.Env):
-    """A native environment as a `gymnasium.Env`: an episode that has ended stays so until `reset`.
-
-    The same seed and actions give the same trajectory as in `make_vec(env_id, 1)`, whose next episode is what `reset`
-    without a seed returns. Nothing has the axis of num_envs, the arrays in `options` neither. The info of an episode's
-    last step also holds the metrics of the episode, but "r" and "l", which Gymnasium's RecordEpisodeStatistics adds.
-    After that step `render` shows the state before it: the kernels leave none between it and the next episode.
-    """
-
-    metadata = {"render_modes": NativeVectorEnv.metadata["render_modes"], "render_fps": LANDER_FPS}
-
-    def __init__(self, env_id, render_mode=None, **env_kwargs):
-        self.envs = make_vec(env_id, num_envs=1, num_workers=0, render_mode=render_mode, **env_kwargs)
-        self.metadata = {name: self.envs.metadata[name] for name in self.metadata}
-        self.render_mode = render_mode
-        self.observation_space = self.envs.single_observation_space
-        self.action_space = self.envs.single_action_space
-        self.next_start = None  # once an episode has ended, the state at the start of the next
-
-    def reset(self, *, seed=None, options=None):
-        options, shapes = dict(options or {}), self.envs.start_shapes
-        for name in set(options) & set(shapes):
-            array = _array(f"options[{name!r}]", options[name], shapes[name][1:], np.float64)
-            options[name] = array.reshape(shapes[name])
-        if self.next_start is not None:
-            observations, infos = self.envs.set_state(self.next_start)
-        if self.next_start is None or seed is not None or options:
-            observations, infos = self.envs.reset(seed=seed, options=options)
-        self.next_start = None
-        super().reset(seed=seed)  # for `np_random`, which wrappers may draw from
-        if self.render_mode == "human":
-            self.render()
-        return observations[0], {name: values[0] for name, values in infos.items()}
-
-    def step(self, action):
-        if self.next_start is not None:
-            raise gym.error.ResetNeeded("step after the end of the episode: reset first")
-        before = None if self.render_mode is None else self.envs.get_state()
-        observations, rewards, terminations, truncations, infos = self.envs.step([action])
-        metrics = {}
-        if terminations[0] or truncations[0]:
-            self.next_start = self.envs.get_state()
-            if before is not None:
-                self.envs.set_state(before)
-            metrics = {name: float(value) for name, (value,) in infos["episode"].items() if name not in ("r", "l")}
-            observations, infos = infos["final_obs"], infos["final_info"]
-        if self.render_mode == "human":
-            self.render()
-        info = {name: values[0] for name, values in infos.items()} | metrics
-        return observations[0], rewards[0].tolist(), bool(terminations[0]), bool(truncations[0]), info
-
-    def render(self):
-        pictures = self.envs.render()
-        return None if pictures is None else pictures[0]
-
-    def close(self):
-        self.envs.close()
-
-
-for _name in SINGLE_AGENT:
-    if f"CleanSwarm/{_name}-v0" not in gym.registry:  # it may be, when a notebook reloads this file
-        entry_points = dict(entry_point=f"{__name__}:NativeEnv", vector_entry_point=f"{__name__}:make_vec")
-        gym.register(f"CleanSwarm/{_name}-v0", **entry_points, kwargs={"env_id": _name})
-
-
-def parallel_env(env_id, render_mode=None, **env_kwargs):
-    """A native environment of many agents as a `pettingzoo.ParallelEnv`, of "agent_0", "agent_1", ...
-
-    All agents end together. What `NativeEnv` promises holds here too; the metrics are in the info of every agent.
-    """
-    multi_agent = sorted(set(NATIVE_ENVS) - set(SINGLE_AGENT))
-    if env_id not in multi_agent:
-        raise ValueError(f"env_id is {env_id!r}: it must be one of {multi_agent}")
-    try:
-        from pettingzoo import ParallelEnv
-    except ImportError as error:
-        raise ImportError("parallel_env needs PettingZoo: pip install pettingzoo") from error
-
-    class NativeParallelEnv(ParallelEnv):
-        def __init__(self):
-            self.env = NativeEnv(env_id, render_mode, **env_kwargs)
-            self.metadata, self.render_mode = {"name": env_id, **self.env.metadata}, render_mode
-            observed, acted = self.env.observation_space, self.env.action_space  # (n_agents, ...)
-            self.agents, self.possible_agents = [], [f"agent_{i}" for i in range(len(observed.low))]
-            self.observation_spaces = self.by_agent(map(gym.spaces.Box, observed.low, observed.high))
-            self.action_spaces = self.by_agent(map(gym.spaces.Box, acted.low, acted.high))
-
-        def observation_space(self, agent):
-            return self.observation_spaces[agent]
-
-        def action_space(self, agent):
-            return self.action_spaces[agent]
-
-        def by_agent(self, values):
-            return dict(zip(self.possible_agents, values, strict=True))
-
-        def infos_by_agent(self, info):
-            def of_agent(i):
-                return {name: value if np.isscalar(value) else value[i] for name, value in info.items()}
-
-            return self.by_agent(map(of_agent, range(len(self.possible_agents))))
-
-        def reset(self, seed=None, options=None):
-            options = dict(options or {})
-            for name in set(options) - set(self.env.envs.start_shapes):  # no error: PettingZoo's own tests give some
-                warnings.warn(f"options[{name!r}] is not for {env_id}: ignored", stacklevel=2)
-                del options[name]
-            observations, info = self.env.reset(seed=seed, options=options)
-            self.agents = list(self.possible_agents)
-            return self.by_agent(observations), self.infos_by_agent(info)
-
-        def step(self, actions):
-            agents = self.agents  # none before `reset` or after the end, which `self.env` refuses
-            if agents and set(actions) != set(agents):
-                raise ValueError(f"actions are for {list(actions)}: they must be for {agents}")
-            observations, rewards, *ends, info = self.env.step([actions[agent] for agent in agents])
-            if any(ends):
-                self.agents = []
-            ends = [dict.fromkeys(agents, end) for end in ends]
-            return self.by_agent(observations), self.by_agent(rewards), *ends, self.infos_by_agent(info)
-
-        def render(self):
-            return self.env.render()
-
-        def close(self):
-            self.env.close()
-
-    return NativeParallelEnv()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Vectorizer
-# ----------------------------------------------------------------------------------------------------------------------
-# One contiguous slice of the environments per forked worker; actions, observations, rewards and flags lie in memory
-# that all of them share. Two semaphores per worker, `go` and `done`, say whose turn it is to touch that memory. A
-# semaphore orders memory on every machine (POSIX: what was written before a post is seen after the wait for it), where
-# a plain flag would do so on x86 only, and as long as nobody sleeps on it it costs no system call. So both sides poll
-# for a while, giving up their core in between, and then sleep.
-
-CALLER_POLL_SECONDS = 2e-5  # about a wake-up; in a longer step the core of the caller is worth more to a worker
-WORKER_POLL_SECONDS = 1e-3  # as long as a policy may take to answer; while a learner learns, workers sleep
-CHECK_SECONDS = 0.5  # a sleeper looks this often whether the other side is still alive
-CLOSE_SECONDS = 1.5  # for workers to end their step and close their environments
-POOL_AGENTS = 2000  # native agents stepped at once from which on workers clearly pay: benchmarks/vectorizer.py, part 3
-WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-READY, STEP, CALL, STOP = range(4)  # orders to the workers
-
-
-class GymnasiumVectorEnv(gym.vector.VectorEnv):
-    """`gymnasium.make` environments, stepped one after the other, behind the interface of NativeVectorEnv.
-
-    Observations in floating point come as float32, integers as they are; infos of their own are dropped. Every
-    environment is seeded by itself, from the seed given to `reset` and its index in the whole batch.
-    """
-
-    info_names = ()
-    stat_names = ("r", "l")
-
-    def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
-        try:
-            module, _, name = env_id.rpartition(":")  # "module:id": the module registers it
-            if module:
-                importlib.import_module(module)
-            gym.spec(name)
-        except (gym.error.Error, AttributeError, ImportError, TypeError, ValueError) as error:
-            allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
-            raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
-        if render_mode not in (None, "rgb_array", "human"):
-            raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
-        self.num_envs, self.first_env, self.render_mode = num_envs, first_env, render_mode
-        self.envs = []
-        for env in range(num_envs):
-            # One window is enough, and an environment told to render pays for it at every step.
-            wanted = {} if render_mode is None or (render_mode == "human" and env > 0) else {"render_mode": render_mode}
-            try:
-                self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
-            except (TypeError, ValueError, AssertionError) as error:
-                if not env_kwargs:
-                    raise
-                raise ValueError(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
-        self.spec = self.envs[0].spec
-        self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        space, self.single_action_space = self.envs[0].observation_space, self.envs[0].action_space
-        if not isinstance(space, gym.spaces.Box):
-            raise ValueError(f"env_id is {env_id!r}, which observes {space}: only Box observations can be stepped")
-        if not isinstance(self.single_action_space, gym.spaces.Box | gym.spaces.Discrete):
-            allowed = "only Box and Discrete actions can be stepped"
-            raise ValueError(f"env_id is {env_id!r}, which takes {self.single_action_space}: {allowed}")
-        if space.dtype.kind == "f":
-            space = gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
-        self.single_observation_space = space
-        self.observation_space = batch_space(space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.buffers = _make_buffers(num_envs, space, (), self.stat_names)
-        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
-        self.started = False
-
-    def reset(self, *, seed=None, options=None):
-        _check_open(self)
-        seed = _valid_seed(seed, self.num_envs)
-        options = None if options is None else dict(options)
-        group = _pop_identical(options, seed) if options else 1
-        env_seed = None
-        for i, env in enumerate(self.envs):
-            if isinstance(seed, list):
-                env_seed = seed[i]
-            elif seed is not None:  # 32 bits: no environment refuses them
-                own = np.random.SeedSequence(seed, spawn_key=(self.first_env + i,))
-                first = np.random.SeedSequence(seed, spawn_key=((self.first_env + i) // group * group,))
-                env_seed = int(first.generate_state(1)[0])
-            self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options or None)
-            if group > 1:
-                env.unwrapped.np_random = np.random.default_rng(own)
-            self.returns[i], self.lengths[i] = 0.0, 0
-        self.started = True
-        return self.buffers["observations"].copy(), {}
-
-    def step(self, actions):
-        _check_steppable(self)
-        self.advance(_valid_actions(actions, self.action_space))
-        return _collect(self.buffers, self.info_names, self.stat_names)
-
-    def advance(self, actions):
-        observations, rewards = self.buffers["observations"], self.buffers["rewards"]
-        terminations, truncations = self.buffers["terminations"], self.buffers["truncations"]
-        # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
-        actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
-        for i, env in enumerate(self.envs):
-            observation, reward, terminated, truncated, _ = env.step(actions[i])
-            rewards[i], terminations[i], truncations[i] = reward, terminated, truncated
-            self.returns[i] += reward
-            self.lengths[i] += 1
-            if terminated or truncated:
-                self.buffers["final_observations"][i] = observation
-                self.buffers["stats"][i] = self.returns[i], self.lengths[i]
-                self.returns[i], self.lengths[i] = 0.0, 0
-                observation, _ = env.reset()
-            observations[i] = observation
-
-    def get_state(self):
-        raise NotImplementedError("Gymnasium environments cannot save their state; the native ones can")
-
-    def set_state(self, state):
-        raise NotImplementedError("Gymnasium environments cannot restore a state; the native ones can")
-
-    def render(self):
-        _check_open(self)
-        if self.render_mode is None:
-            raise ValueError("render_mode is None: give 'rgb_array' or 'human' to make_vec")
-        if self.render_mode == "human":
-            return self.envs[0].render()
-        return tuple(env.render() for env in self.envs)
-
-    def close_extras(self, **kwargs):
-        for env in self.envs:
-            env.close()
-
-
-class Shared(NamedTuple):
-    """What a PoolVectorEnv and its workers have in common; inherited by the fork, never pickled."""
-
-    make_slice: Callable
-    slices: list  # of the environments, one per worker; likewise the semaphores and pipe ends below
-    buffers: dict
-    actions: np.ndarray
-    pids: np.ndarray  # (num_workers,), 0 until the worker has started
-    order: mmap.mmap  # one byte, for all workers
-    go: list
-    done: list
-    channels: tuple  # the caller's ends of the pipes
-    worker_channels: tuple
-    owner: int  # process id of the caller
-
-
-class PoolVectorEnv(gym.vector.VectorEnv):
-    """`make_slice(num_envs, first_env=...)` environments in `num_workers` processes of a `multiprocessing.Pool`.
-
-    Each worker is given one task, `_serve_slice`, that lasts until `close`. An exception in an environment is raised
-    here, with the worker's traceback as its cause, and so is a worker's death; both close the pool. Workers leave by
-    themselves when the caller is gone.
-    """
-
-    def __init__(self, make_slice, num_envs, num_workers):
-        probe = self.probe = make_slice(1)  # refuses bad arguments before anything starts
-        if isinstance(probe, NativeVectorEnv):  # compile once, here, and not in every worker
-            probe.reset(seed=0)
-            probe.step(np.zeros(probe.action_space.shape, probe.action_space.dtype))
-        self.num_envs, self.render_mode, self.spec = num_envs, probe.render_mode, probe.spec
-        self.metadata, self.info_names, self.stat_names = probe.metadata, probe.info_names, probe.stat_names
-        self.single_observation_space = probe.single_observation_space
-        self.single_action_space = probe.single_action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.buffers = {
-            name: shared_array((num_envs, *array.shape[1:]), array.dtype) for name, array in probe.buffers.items()
-        }
-        context = multiprocessing.get_context("fork")
-        bounds = [num_envs * worker // num_workers for worker in range(num_workers + 1)]
-        channels, worker_channels = zip(*[context.Pipe() for _ in range(num_workers)], strict=True)
-        self.shared = Shared(
-            make_slice=make_slice,
-            slices=[slice(first, last) for first, last in itertools.pairwise(bounds)],
-            buffers=self.buffers,
-            actions=shared_array(self.action_space.shape, self.action_space.dtype),
-            pids=shared_array((num_workers,), np.int64),
-            order=mmap.mmap(-1, 1),
-            go=[context.Semaphore(0) for _ in range(num_workers)],
-            done=[context.Semaphore(0) for _ in range(num_workers)],
-            channels=channels,
-            worker_channels=worker_channels,
-            owner=os.getpid(),
-        )
-        self.started = False
-        # A Ctrl-C or SIGTERM in the middle of this waits; in a worker, until `_start_worker` has said what to do with
-        # it. The Pool's threads inherit the mask, and with it the workers that the Pool puts in the place of dead ones.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
-        try:
-            self.pool = context.Pool(num_workers, _start_worker, (self.shared,))
-            self.tasks = [self.pool.apply_async(_serve_slice, (worker,)) for worker in range(num_workers)]
-            # If nobody calls `close`, then at exit, before the Pool's own handler (priority 15) waits for its workers.
-            self.stop_workers = Finalize(None, _stop_workers, (self.shared, self.tasks), exitpriority=20)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for channel in worker_channels:  # the workers alone hold these ends now, so that each closes with its worker
-            channel.close()
-        self._tell(READY)
-
-    def reset(self, *, seed=None, options=None):
-        _check_open(self)
-        seed, own = _valid_seed(seed, self.num_envs), dict(options or {})
-        seeds = [seed[part] if isinstance(seed, list) else seed for part in self.shared.slices]
-        group, parts = _pop_identical(own, seed), [options] * len(self.tasks)
-        if isinstance(self.probe, NativeVectorEnv):
-            start = _valid_start(own, self.probe, self.num_envs)
-            parts = [part | {"identical": group} for part in self._split(start)]
-        pairs = zip(seeds, parts, strict=True)
-        self._tell(CALL, [methodcaller("reset", seed=own, options=part) for own, part in pairs])
-        return self._observed()
-
-    def step(self, actions):
-        _check_steppable(self)
-        self.shared.actions[...] = _valid_actions(actions, self.action_space)
-        self._tell(STEP)
-        return _collect(self.buffers, self.info_names, self.stat_names)
-
-    def get_state(self):
-        """All that the future depends on, as a dict of arrays, num_envs first: the same for any number of workers."""
-        self.probe.get_state()  # raises where a state cannot be had
-        states = self._tell(CALL, [methodcaller("get_state")] * len(self.tasks))
-        return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
-
-    def set_state(self, state):
-        """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
-        state = _valid_state(state, self.probe.get_state(), self.num_envs)
-        self._tell(CALL, [methodcaller("set_state", part) for part in self._split(state)])
-        return self._observed()
-
-    def render(self):
-        if self.render_mode is None:
-            raise ValueError("render_mode is None: give 'rgb_array' to make_vec")
-        return sum(self._tell(CALL, [methodcaller("render")] * len(self.tasks)), ())
-
-    def close_extras(self, **kwargs):
-        if os.getpid() != self.shared.owner:  # a copy of this object in some other fork: not its workers
-            return
-        self.probe.close()
-        self.stop_workers()
-        # A worker that was killed while idle keeps a lock for ever that `terminate` may need: do not wait as long.
-        ending = threading.Thread(target=self.pool.terminate, daemon=True)
-        ending.start()
-        ending.join(CLOSE_SECONDS)
-        for process in multiprocessing.active_children():
-            if process.pid in self.shared.pids:
-                process.kill()
-                process.join()
-
-    def __del__(self):
-        if hasattr(self, "stop_workers") and not sys.is_finalizing():  # at exit, the exit handlers have done it
-            self.close()
-
-    def _tell(self, order, messages=()):
-        """Give every worker an order, and wait. CALL comes with a message for each, and returns their answers."""
-        _check_open(self)
-        shared = self.shared
-        try:
-            shared.order[0] = order
-            for go in shared.go:
-                go.release()
-            for worker, message in enumerate(messages):
-                with contextlib.suppress(ConnectionError):  # it died: `_receive` will say so
-                    shared.channels[worker].send(message)
-            answers = [self._receive(worker) for worker in range(len(messages))]
-            for done in shared.done:
-                _take(done, CALLER_POLL_SECONDS, self._check_workers)
-        except BaseException:  # a Ctrl-C, too: half a step must not pass for a whole one
-            self.close()
-            raise
-        return answers
-
-    def _receive(self, worker):
-        channel = self.shared.channels[worker]
-        while not channel.poll(CHECK_SECONDS):
-            self._check_workers()
-        try:
-            return channel.recv()
-        except (EOFError, ConnectionError):
-            raise _death(self.shared.pids[worker]) from None
-
-    def _check_workers(self):
-        for task in self.tasks:
-            if task.ready():  # before it was told to stop: it failed
-                task.get()
-        alive = {process.pid for process in multiprocessing.active_children()}
-        for pid in self.shared.pids.tolist():
-            if pid and pid not in alive:
-                raise _death(pid)
-
-    def _split(self, arrays):
-        """One dict per worker with its part of the arrays."""
-        return [{name: array[part] for name, array in arrays.items()} for part in self.shared.slices]
-
-    def _observed(self):
-        self.started = True
-        infos = {name: self.buffers[name].copy() for name in self.info_names}
-        return self.buffers["observations"].copy(), infos
-
-
-def _start_worker(shared):
-    """What every process of the Pool does first, whether a task awaits it or it only takes a dead worker's place."""
-    global _inherited
-    if "torch" in sys.modules:  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
-        sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to them and what they start, but the caller decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
-    _inherited = shared
-
-
-def _serve_slice(worker):
-    """A worker's one task: build its slice of the environments and follow orders until told to stop."""
-    shared, part = _inherited, _inherited.slices[worker]
-    shared.pids[worker] = os.getpid()
-    channel, go, done = shared.worker_channels[worker], shared.go[worker], shared.done[worker]
-    for other in {*shared.channels, *shared.worker_channels} - {channel}:
-        other.close()
-
-    def check_caller():
-        if os.getppid() != shared.owner:
-            sys.exit()
-
-    # A SIGTERM to the whole job must leave the caller its workers, so that it can save what they hold. An empty handler
-    # instead of SIG_IGN, because a program that an environment starts would inherit that.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        with contextlib.closing(shared.make_slice(part.stop - part.start, first_env=part.start)) as env:
-            env.buffers = {name: array[part] for name, array in shared.buffers.items()}
-            actions = shared.actions[part]
-            while True:
-                _take(go, WORKER_POLL_SECONDS, check_caller)
-                order = shared.order[0]
-                if order == STEP:
-                    env.advance(actions)
-                elif order == CALL:
-                    channel.send(channel.recv()(env))
-                elif order == STOP:
-                    return
-                done.release()
-    except Exception:
-        check_caller()  # with nobody left to hear of it, leave quietly
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _stop_workers(shared, tasks):
-    """End the tasks: tell the workers, give them time to close their environments, and kill those that did not."""
-    shared.order[0] = STOP
-    for go in shared.go:
-        go.release()
-    deadline = time.monotonic() + CLOSE_SECONDS
-    alive = {process.pid: process for process in multiprocessing.active_children()}
-    for pid, task in zip(shared.pids.tolist(), tasks, strict=True):
-        if pid in alive:
-            task.wait(max(0.0, deadline - time.monotonic()))
-            if not task.ready():
-                alive[pid].kill()
-
-
-def _death(pid):
-    return RuntimeError(f"worker process {pid} died: it was killed (out of memory?), or crashed")
-
-
-def _take(semaphore, poll_seconds, check):
-    """Take a semaphore; while it is long in coming, `check` now and then whether it will come at all."""
-    deadline = time.perf_counter() + poll_seconds
-    while not semaphore.acquire(False):
-        if time.perf_counter() < deadline:
-            os.sched_yield()
-        elif semaphore.acquire(True, CHECK_SECONDS):
-            return
-        else:
-            check()
-
-
-def shared_array(shape, dtype):
-    """Zeros in memory that this process shares with those that it will fork."""
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))  # anonymous: gone with the last to hold it
-    return np.frombuffer(memory, dtype, count).reshape(shape)
