@@ -23,7 +23,9 @@ actions and indices integers (as are Gymnasium's integer observations); physics 
 Lander.
 """
 
+import collections
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
@@ -31,12 +33,14 @@ import itertools
 import math
 import mmap
 import multiprocessing
+import multiprocessing.connection
 import numbers
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -1786,7 +1790,9 @@ def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwa
     envs = make_vec(env_id, num_episodes, num_workers=0, render_mode="rgb_array" if record else None, **env_kwargs)
     policy = make_policy(envs)
     observations, infos = envs.reset(seed=seed)
-    stats, rewards, frames = None, [], []
+    stats = None
+    rewards = []
+    frames = []
     running = np.ones(num_episodes, bool)  # (num_episodes,), whose first episode still goes on
     while running.any():
         if len(rewards) == LONGEST_EPISODE:
@@ -1852,7 +1858,9 @@ def _plot_rewards(curves, path):
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, rewards in curves.items():
-        mean, std, steps = np.nanmean(rewards, axis=1), np.nanstd(rewards, axis=1), np.arange(len(rewards))
+        mean = np.nanmean(rewards, axis=1)
+        std = np.nanstd(rewards, axis=1)
+        steps = np.arange(len(rewards))
         axes.plot(steps, mean, label=f"{name}: {np.nanmean(rewards):.3f}")
         axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="step of the episode", ylabel="reward per agent", title=f"{rewards.shape[1]} held-out episodes")
@@ -1883,7 +1891,8 @@ def write_video(videos, path, fps=25, **options):
     font = pygame.font.Font(None, 26)
 
     def strip(seconds):
-        step, panels = round(seconds * fps), []
+        step = round(seconds * fps)
+        panels = []
         for caption, frames in videos.items():
             picture = frames[min(step, len(frames) - 1)]
             height, width = (size // 2 * 2 for size in picture.shape[:2])  # the codec wants even sides
@@ -1904,8 +1913,327 @@ def write_video(videos, path, fps=25, **options):
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 # ----------------------------------------------------------------------------------------------------------------------
-# The files of a training run, the same for every script. torch is imported where it is needed, so that environments and
-# their workers do without it.
+# The files of a training run, the same for every script. torch and what logs are imported where they are needed, so
+# that environments and their workers do without them.
+
+VALIDATION_SEED = 2**62  # evaluations during training; held out, because the seeds of training stay below
+TEST_SEED = 2**62 + 1  # the closing comparison
+ARGUMENT_RANGES = {
+    "seed": (0, 2**32 - 1),
+    "eval_every": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "num_envs": (1, math.inf),
+    "num_groups": (1, math.inf),
+    "group_size": (2, math.inf),
+    "num_actors": (0, math.inf),
+    "max_lag": (0, math.inf),
+    "hidden_dim": (2, math.inf),
+    "hops": (1, math.inf),
+    "init_logstd": (-20, 5),
+    "total_timesteps": (1, math.inf),
+    "learning_rate": (1e-12, 1e12),
+    "num_steps": (1, math.inf),
+    "reward_scale": (1e-12, 1e12),
+    "gamma": (0, 1),
+    "gae_lambda": (0, 1),
+    "hybrid_alpha": (0, 1e12),
+    "hybrid_beta": (0, 1e12),
+    "hybrid_clip": (1e-12, math.inf),
+    "rnd_coef": (0, 1e12),
+    "rnd_gamma": (0, 1),
+    "num_minibatches": (1, math.inf),
+    "update_epochs": (1, math.inf),
+    "clip_coef": (1e-12, 1e12),
+    "ent_coef": (0, 1e12),
+    "vf_coef": (0, 1e12),
+    "kl_coef": (1e-4, 1),
+    "kl_coef_target": (1e-12, 1e12),
+    "kl_adjust": (1, 1e12),
+    "ref_update_freq": (1, math.inf),
+    "max_grad_norm": (1e-12, 1e12),
+    "target_kl": (1e-12, 1e12),
+}
+
+
+def check_ranges(args):
+    """ValueError for an argument of a script outside its range; None, where that is a value, is inside."""
+    for name, (low, high) in ARGUMENT_RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}: it must be from {low} to {high}")
+
+
+def parse_args(Args, doc):
+    """The command line as an instance of a script's dataclass `Args`; `doc` is what --help says first.
+
+    With --evaluate the saved model's arguments are the defaults: the same network and world but for what is given.
+    """
+    import tyro
+
+    description = doc.replace("\n", "\n ")
+    args = tyro.cli(Args, description=description)
+    if not args.evaluate:
+        return args
+    saved = load(args.evaluate)["args"]
+    default = saved | {name: {} for name in saved if name.endswith("env_kwargs")}
+    default |= {"init_from": None, "cuda": args.cuda}
+    args = tyro.cli(Args, description=description, default=Args(**default))
+    if "eval_env_id" not in saved:
+        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
+        return args
+    if (args.env_id, args.env_kwargs) != (saved["env_id"], {}):
+        given = f"env_id is {args.env_id!r}, env_kwargs is {args.env_kwargs}"
+        raise ValueError(f"{given}: with evaluate they must be left out; eval_env_id and eval_env_kwargs choose")
+    args.env_kwargs = saved["env_kwargs"]
+    if args.eval_env_id == saved["eval_env_id"]:
+        args.eval_env_kwargs = saved["eval_env_kwargs"] | args.eval_env_kwargs
+    return args
+
+
+def setup(args):
+    """(rank, world_size, device): which of how many processes this is in a torchrun, alone (0, 1), and where it trains.
+
+    Starts no thread of torch's: workers have to be forked before.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA asks for
+    torch.set_deterministic_debug_mode("error" if args.torch_deterministic else "default")
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    return rank, world_size, device
+
+
+def average(tensor):
+    """The mean of a tensor over the processes of a torchrun, in place; alone, the tensor as it is."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def as_one_vector(module):
+    """One vector that holds all weights of a module, and in `grad` their gradients: its parameters become views of it.
+
+    Clipping, averaging and Adam are then one operation each, which takes a sixth off an update of async_ppo.py's
+    default command; with large minibatches, as ppo_swarm.py has them, it makes no difference.
+    """
+    import torch
+
+    parameters = list(module.parameters())
+    weights = torch.nn.utils.parameters_to_vector(parameters).detach()
+    weights.grad = torch.zeros_like(weights)
+    torch.nn.utils.vector_to_parameters(weights, parameters)
+    grads = weights.grad.split([parameter.numel() for parameter in parameters])
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad.view_as(parameter)
+    return weights
+
+
+def evaluate_model(args, policies, env_id, env_kwargs):
+    """What --evaluate does: compare a saved model's policies with the baselines, in a new folder beside the model."""
+    folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir()
+    _, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)
+    print(table)
+    print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
+
+
+class Run:
+    """A run's bookkeeping: its folder, logs, evaluations, checkpoints and the signals that end it.
+
+        run = Run(args, policies, total_steps, env_id, env_kwargs)  # a new folder, or that of an unfinished run
+        if run.checkpoint: ...                                      # put back what was given to `save`
+        while ...:
+            run.log(step, scalars, episodes)
+            run.evaluate(agent.state_dict())
+            if run.checkpoint_due():
+                run.save(state, own)
+            if run.stopping:
+                break
+        run.finish(agent)
+
+    It writes files and says when to stop. It never owns the loop, calls nothing of the algorithm but the policies that
+    it evaluates, and touches no tensor that trains. policies are {name: make_policy}, the one that is trained first;
+    they are evaluated in `env_id` with `env_kwargs`. In a torchrun every process has one, and rank 0 writes.
+
+        folder       where the run's files are
+        checkpoint   None, or a dict: what was last given to `save`, also by the process that ran before this one
+        step         environment steps up to now; of swarms, here and everywhere, agent-steps
+        stopping     whether a SIGINT or SIGTERM came, to any of the processes
+    """
+
+    def __init__(self, args, policies, total_steps, env_id, env_kwargs):
+        import torch
+        import torch.distributed as dist
+
+        self.args = dataclasses.asdict(args)
+        self.policies = policies
+        self.make_policy = next(iter(policies.values()))
+        self.total_steps = total_steps
+        self.env_id = env_id
+        self.env_kwargs = env_kwargs
+        self.rank, self.world_size, self.device = setup(args)
+        if args.cuda:
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if args.cuda else "gloo")
+        opened = list(open_run(self.args, self.world_size)) if self.rank == 0 else [None, None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(opened)
+        self.folder, self.checkpoint = opened
+        self.step = self.checkpoint["step"] if self.checkpoint else 0
+        self.best_score = -math.inf
+        if self.rank == 0:
+            if (self.folder / "model.pt").exists():  # it may be newer than the checkpoint
+                self.best_score = load(self.folder / "model.pt")["score"]
+            self._open_logs()
+        self.signals = []  # those that came; the first of a kind ends the run after the iteration, the second at once
+        self.stopping = False
+        for number in SIGNALS:
+            signal.signal(number, self._take_signal)
+        self.first_step = self.last_step = self.step
+        self.start_time = time.time()
+
+    def log(self, step, scalars, episodes):
+        """Write a step's scalars {tag: value}, and the means of the episodes {metric: values} that ended up to it."""
+        self.last_step = self.step
+        self.step = step
+        if self.rank > 0:
+            return
+        tags = {"r": "charts/episodic_return", "l": "charts/episodic_length"}
+        means = {tags.get(name, f"episode/{name}"): np.mean(values) for name, values in episodes.items() if len(values)}
+        scalars = means | scalars
+        # All costs included, evaluations too
+        scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, float(value), step)
+        self.progress.update(self.step - self.last_step)
+        if "charts/episodic_return" in scalars:
+            text = f"SPS {scalars['charts/SPS']:,.0f}, return {scalars['charts/episodic_return']:.2f}"
+            self.progress.set_postfix_str(text, refresh=False)
+
+    def evaluate(self, model):
+        """If it is time: held-out episodes with the policy; its weights, `model`, are kept if it is the best so far."""
+        if self.rank > 0 or not self._is_due("eval_every"):
+            return
+        episodes = self.args["eval_episodes"]
+        stats, _, _ = evaluate(self.make_policy, self.env_id, episodes, VALIDATION_SEED, **self.env_kwargs)
+        for name, values in stats.items():
+            self.writer.add_scalar(f"eval/{name}", values.mean(), self.step)
+        score = float(stats["r"].mean())
+        content = {"args": self.args, "model": model, "score": score}
+        best = score > self.best_score and save(content, self.folder / "model.pt")
+        if best:
+            self.best_score = score
+            self._record(f"{self.step}.mp4")
+        per_step = (stats["r"] / stats["l"]).mean()
+        text = f"return {score:.2f}, {per_step:.3f} a step, length {stats['l'].mean():.0f}"
+        self.progress.write(f"step {self.step:,}: held-out {text}{', the best so far' if best else ''}")
+
+    def checkpoint_due(self):
+        """Whether it is time to `save`: now and then, at the end, and when a signal came."""
+        import torch
+
+        signals = torch.tensor(float(len(self.signals)), device=self.device)
+        self.stopping = bool(average(signals) > 0)  # in all processes or in none
+        return self._is_due("checkpoint_every") or self.stopping
+
+    def save(self, state, own):
+        """Write a checkpoint: `state`, a dict of what all processes have in common, and `own` of what each has alone.
+
+        Found again as `run.checkpoint`, which has the items of `state`, and the `own` of all as the list "ranks".
+        """
+        self.keep(state, own)
+        self.write_checkpoint()
+
+    def keep(self, state, own):
+        """Put a checkpoint together without writing it."""
+        import torch.distributed as dist
+
+        own = _without_numpy(own)
+        ranks = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(ranks, own)
+        self.checkpoint = state | {"args": self.args, "step": self.step, "ranks": ranks}
+
+    def write_checkpoint(self):
+        if self.rank == 0 and self.checkpoint:
+            self.writer.flush()  # first, so that the curves reach at least as far as the checkpoint
+            save(self.checkpoint, self.folder / "checkpoint.pt")
+
+    def finish(self, agent):
+        """Close the logs; after a complete training, compare the best weights, put into `agent`, with the baselines."""
+        import torch.distributed as dist
+
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)  # all is saved: what is left can be done again
+        if self.rank == 0:
+            self.progress.close()
+            if self.step < self.total_steps:
+                where = f"{self.step:,} of {self.args['total_timesteps']:,}"
+                print(f"stopped at {where}; the same command goes on from there: {self.folder}")
+            else:
+                self._conclude(agent)
+        if self.world_size > 1:
+            dist.barrier()  # torchrun ends all if one fails, even on its way out: rank 0 has to have written its files
+            dist.destroy_process_group()
+
+    def _conclude(self, agent):
+        agent.load_state_dict(load(self.folder / "model.pt")["model"])
+        episodes = self.args["eval_episodes"]
+        scores, table = compare(self.policies, self.env_id, episodes, TEST_SEED, self.folder, **self.env_kwargs)
+        print(f"\nThe best policy on {episodes} other held-out episodes:\n\n{table}\n")
+        for name, score in scores.items():
+            self.writer.add_scalar(f"test/{name}", score, self.step)
+        self.writer.close()
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        files = ", ".join(sorted(os.listdir(self.folder)))
+        print(f"{(time.time() - self.start_time) / 60:.1f} minutes. In {self.folder}: {files}")
+
+    def _open_logs(self):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        if self.args["track"]:
+            import wandb
+
+            name = self.folder.name
+            project = self.args["wandb_project_name"]
+            wandb.init(project=project, config=self.args, sync_tensorboard=True, id=name, name=name, resume="allow")
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # drops what came after the checkpoint
+        where = f"{self.step:,} of {self.args['total_timesteps']:,}: {self.folder}"
+        print(f"resumed at {where}" if self.checkpoint else f"new, {where}")
+        if not self.checkpoint:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in self.args.items())
+            self.writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
+            self._record("0.mp4")
+        self.progress = tqdm(total=self.total_steps, initial=self.step, unit_scale=True)
+
+    def _record(self, name):
+        if self.args["capture_video"]:
+            record(self.make_policy, self.env_id, VALIDATION_SEED, self.folder / name, **self.env_kwargs)
+
+    def _is_due(self, every):
+        """Whether the last step went over a multiple of the argument `every`, or is the last of all."""
+        return self.step // self.args[every] > self.last_step // self.args[every] or self.step >= self.total_steps
+
+    def _take_signal(self, number, frame):
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _without_numpy(value):
+    """Arrays as tensors, in dicts of dicts: what `load` takes from a file."""
+    import torch
+
+    if isinstance(value, dict):
+        return {name: _without_numpy(item) for name, item in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def save(content, path):
@@ -1915,8 +2243,9 @@ def save(content, path):
     """
     import torch
 
-    data, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    data = io.BytesIO()
     torch.save(content, data)
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data.getbuffer())
@@ -1997,7 +2326,9 @@ WORKER_POLL_SECONDS = 1e-3  # as long as a policy may take to answer; while a le
 CHECK_SECONDS = 0.5  # a sleeper looks this often whether the other side is still alive
 CLOSE_SECONDS = 1.5  # for workers to end their step and close their environments
 POOL_AGENTS = 2000  # native agents stepped at once from which on workers clearly pay: benchmarks/vectorizer.py, part 3
-WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DEATHS = 3  # so many deaths of a stream's workers within DEATH_SECONDS are an error
+DEATH_SECONDS = 60.0
 READY, STEP, CALL, STOP = range(4)  # orders to the workers
 
 
@@ -2022,7 +2353,9 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
-        self.num_envs, self.first_env, self.render_mode = num_envs, first_env, render_mode
+        self.num_envs = num_envs
+        self.first_env = first_env
+        self.render_mode = render_mode
         self.envs = []
         for env in range(num_envs):
             # One window is enough, and an environment told to render pays for it at every step.
@@ -2035,7 +2368,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
                 raise ValueError(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
         self.spec = self.envs[0].spec
         self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        space, self.single_action_space = self.envs[0].observation_space, self.envs[0].action_space
+        space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
         if not isinstance(space, gym.spaces.Box):
             raise ValueError(f"env_id is {env_id!r}, which observes {space}: only Box observations can be stepped")
         if not isinstance(self.single_action_space, gym.spaces.Box | gym.spaces.Discrete):
@@ -2047,7 +2381,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.buffers = _make_buffers(num_envs, space, (), self.stat_names)
-        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs
+        self.returns = [0.0] * num_envs
+        self.lengths = [0] * num_envs
         self.started = False
 
     def reset(self, *, seed=None, options=None):
@@ -2066,7 +2401,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options or None)
             if group > 1:
                 env.unwrapped.np_random = np.random.default_rng(own)
-            self.returns[i], self.lengths[i] = 0.0, 0
+            self.returns[i] = 0.0
+            self.lengths[i] = 0
         self.started = True
         return self.buffers["observations"].copy(), {}
 
@@ -2076,21 +2412,23 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         return _collect(self.buffers, self.info_names, self.stat_names)
 
     def advance(self, actions):
-        observations, rewards = self.buffers["observations"], self.buffers["rewards"]
-        terminations, truncations = self.buffers["terminations"], self.buffers["truncations"]
+        buffers = self.buffers
         # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
         actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
         for i, env in enumerate(self.envs):
             observation, reward, terminated, truncated, _ = env.step(actions[i])
-            rewards[i], terminations[i], truncations[i] = reward, terminated, truncated
+            buffers["rewards"][i] = reward
+            buffers["terminations"][i] = terminated
+            buffers["truncations"][i] = truncated
             self.returns[i] += reward
             self.lengths[i] += 1
             if terminated or truncated:
-                self.buffers["final_observations"][i] = observation
-                self.buffers["stats"][i] = self.returns[i], self.lengths[i]
-                self.returns[i], self.lengths[i] = 0.0, 0
+                buffers["final_observations"][i] = observation
+                buffers["stats"][i] = (self.returns[i], self.lengths[i])
+                self.returns[i] = 0.0
+                self.lengths[i] = 0
                 observation, _ = env.reset()
-            observations[i] = observation
+            buffers["observations"][i] = observation
 
     def get_state(self):
         raise NotImplementedError("Gymnasium environments cannot save their state; the native ones can")
@@ -2140,8 +2478,12 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         if isinstance(probe, NativeVectorEnv):  # compile once, here, and not in every worker
             probe.reset(seed=0)
             probe.step(np.zeros(probe.action_space.shape, probe.action_space.dtype))
-        self.num_envs, self.render_mode, self.spec = num_envs, probe.render_mode, probe.spec
-        self.metadata, self.info_names, self.stat_names = probe.metadata, probe.info_names, probe.stat_names
+        self.num_envs = num_envs
+        self.render_mode = probe.render_mode
+        self.spec = probe.spec
+        self.metadata = probe.metadata
+        self.info_names = probe.info_names
+        self.stat_names = probe.stat_names
         self.single_observation_space = probe.single_observation_space
         self.single_action_space = probe.single_action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -2168,7 +2510,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self.started = False
         # A Ctrl-C or SIGTERM in the middle of this waits; in a worker, until `_start_worker` has said what to do with
         # it. The Pool's threads inherit the mask, and with it the workers that the Pool puts in the place of dead ones.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.pool = context.Pool(num_workers, _start_worker, (self.shared,))
             self.tasks = [self.pool.apply_async(_serve_slice, (worker,)) for worker in range(num_workers)]
@@ -2182,9 +2524,11 @@ class PoolVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         _check_open(self)
-        seed, own = _valid_seed(seed, self.num_envs), dict(options or {})
+        seed = _valid_seed(seed, self.num_envs)
         seeds = [seed[part] if isinstance(seed, list) else seed for part in self.shared.slices]
-        group, parts = _pop_identical(own, seed), [options] * len(self.tasks)
+        own = dict(options or {})
+        group = _pop_identical(own, seed)
+        parts = [options] * len(self.tasks)
         if isinstance(self.probe, NativeVectorEnv):
             start = _valid_start(own, self.probe, self.num_envs)
             parts = [part | {"identical": group} for part in self._split(start)]
@@ -2280,22 +2624,30 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         return self.buffers["observations"].copy(), infos
 
 
+def _quieten_torch():
+    """In a forked process, first of all: torch's threads did not survive, and it waits for them (pytorch#17199)."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 def _start_worker(shared):
     """What every process of the Pool does first, whether a task awaits it or it only takes a dead worker's place."""
     global _inherited
-    if "torch" in sys.modules:  # first: torch's threads did not survive the fork, and it waits for them (pytorch#17199)
-        sys.modules["torch"].set_num_threads(1)
+    _quieten_torch()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to them and what they start, but the caller decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _inherited = shared
 
 
 def _serve_slice(worker):
     """A worker's one task: build its slice of the environments and follow orders until told to stop."""
-    shared, part = _inherited, _inherited.slices[worker]
+    shared = _inherited
+    part = shared.slices[worker]
     shared.pids[worker] = os.getpid()
-    channel, go, done = shared.worker_channels[worker], shared.go[worker], shared.done[worker]
+    channel = shared.worker_channels[worker]
+    go = shared.go[worker]
+    done = shared.done[worker]
     for other in {*shared.channels, *shared.worker_channels} - {channel}:
         other.close()
 
@@ -2339,6 +2691,168 @@ def _stop_workers(shared, tasks):
             task.wait(max(0.0, deadline - time.monotonic()))
             if not task.ready():
                 alive[pid].kill()
+
+
+class Published:
+    """A vector that one process publishes, version after version, to those that it forks."""
+
+    def __init__(self, vector, version):
+        self.slots = shared_array((2, len(vector)), np.float32)  # of even and odd versions
+        self.latest = shared_array((1,), np.int64)
+        self.publish(vector, version)
+
+    @property
+    def version(self):
+        return int(self.latest[0])
+
+    def publish(self, vector, version):
+        self.slots[version % 2] = vector
+        self.latest[0] = version  # if seen before the vector, as ARM may, a reader takes some old numbers unawares
+
+    def read(self, into):
+        """Copy the newest vector into an array; returns its version."""
+        version = -1
+        while version != self.version:  # the writer uses the other slot, unless it is a version ahead
+            version = self.version
+            into[...] = self.slots[version % 2]
+        return version
+
+
+class StreamPool:
+    """Forked workers that fill buffers without end, each at its own pace, while the caller uses what is full.
+
+    produce(worker, start, todo, published) is what a worker does: a generator that takes each buffer of `todo`, fills
+    it by what is `published` at that time, and yields the version that it used. `start` is the number of workers
+    started before. make_buffer() makes a buffer, in shared memory; every worker owns `num_buffers` of them, and waits
+    while all are full. The lag of a buffer is how many versions have been published since the one that filled it; with
+    more than `max_lag` it is filled anew. A worker that dies is replaced, an exception in one is raised by `take`.
+
+    A process each and no Pool: what is forked in the place of a dead one is then forked by the caller in `take`, and
+    not by a thread of the Pool's in the middle of something else.
+    """
+
+    def __init__(self, produce, num_workers, make_buffer, num_buffers, max_lag, published):
+        self.produce = produce
+        self.published = published
+        self.max_lag = max_lag
+        self.buffers = [[make_buffer() for _ in range(num_buffers)] for _ in range(num_workers)]
+        self.arrived = collections.deque()  # (worker, slot, version), full
+        self.taken = []  # the same, in the caller's hands
+        self.starts = 0
+        self.deaths = []  # when, those of the last DEATH_SECONDS
+        self.discarded = 0  # buffers that were too old
+        self.processes = {}  # by worker
+        self.channels = {}  # likewise
+        self.close = Finalize(self, _close_stream, (self.channels, self.processes), exitpriority=20)
+        for worker in range(num_workers):
+            self._start(worker)
+
+    def take(self, count):
+        """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`."""
+        newest = self.published.version
+        while len(self.taken) < count:
+            while not self.arrived:
+                self._wait()
+            worker, slot, version = self.arrived.popleft()
+            if newest - version <= self.max_lag:
+                self.taken.append((worker, slot, version))
+            else:
+                self.discarded += 1
+                self._give(worker, slot)
+        return [(worker, self.buffers[worker][slot], newest - version) for worker, slot, version in self.taken]
+
+    def release(self):
+        """Give back what was taken."""
+        taken = self.taken
+        self.taken = []
+        for worker, slot, _ in taken:
+            self._give(worker, slot)
+
+    def _wait(self):
+        """Until a worker has filled a buffer, failed or died."""
+        ready = multiprocessing.connection.wait(self.channels.values())
+        for worker in [worker for worker, channel in self.channels.items() if channel in ready]:
+            try:
+                message = self.channels[worker].recv()
+            except (EOFError, ConnectionError):
+                self._replace(worker)
+                continue
+            if isinstance(message, str):
+                raise RuntimeError(f"worker {worker} failed:\n{message}")
+            slot, version = message
+            self.arrived.append((worker, slot, version))
+
+    def _start(self, worker):
+        self.channels[worker], channel = multiprocessing.Pipe()
+        callers_ends = list(self.channels.values())
+        arguments = (self.produce, worker, self.starts, self.buffers[worker], self.published, channel, callers_ends)
+        context = multiprocessing.get_context("fork")
+        self.processes[worker] = context.Process(target=_stream, args=(os.getpid(), *arguments), daemon=True)
+        self.processes[worker].start()
+        self.starts += 1
+        channel.close()
+        held = {slot for owner, slot, _ in (*self.arrived, *self.taken) if owner == worker}
+        for slot in range(len(self.buffers[worker])):
+            if slot not in held:
+                self._give(worker, slot)
+
+    def _replace(self, worker):
+        process = self.processes[worker]
+        process.join()
+        died = f"worker process {process.pid} died, with exit code {process.exitcode}"
+        now = time.time()
+        self.deaths = [at for at in self.deaths if now - at < DEATH_SECONDS] + [now]
+        if len(self.deaths) >= DEATHS:
+            raise RuntimeError(f"{died}: the last of {DEATHS} within {DEATH_SECONDS:.0f} seconds")
+        print(f"\n{died}: what it was filling is lost, another takes its place")
+        self.channels[worker].close()
+        self._start(worker)
+
+    def _give(self, worker, slot):
+        with contextlib.suppress(ConnectionError):  # it died: whoever takes its place is given all free slots
+            self.channels[worker].send(slot)
+
+
+def _stream(caller, produce, worker, start, buffers, published, channel, callers_ends):
+    """A StreamPool's worker: for every slot that comes through the channel, fill it and send back (slot, version)."""
+    _quieten_torch()
+    threading.Thread(target=_leave_with, args=(caller,), daemon=True).start()
+    # They go to all processes of a job, but the caller decides; SIG_IGN would stay with what an environment starts.
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    for end in callers_ends:
+        end.close()  # each channel has to break when the caller is gone
+    slot = None
+
+    def todo():
+        nonlocal slot
+        while True:
+            slot = channel.recv()
+            yield buffers[slot]
+
+    try:
+        for version in produce(worker, start, todo(), published):
+            channel.send((slot, version))
+    except BaseException:  # an EOFError, too: the caller has closed its end of the pipe
+        with contextlib.suppress(ConnectionError):  # nobody is left to hear of it
+            channel.send(traceback.format_exc())
+
+
+def _leave_with(caller):
+    """End this process when the caller is gone, whatever it is doing; in a thread of its own."""
+    while os.getppid() == caller:
+        time.sleep(CHECK_SECONDS)
+    os._exit(1)
+
+
+def _close_stream(channels, processes):
+    """End the workers: close the channels, give them time to close what they have, and kill those that did not."""
+    for channel in channels.values():
+        channel.close()
+    deadline = time.monotonic() + CLOSE_SECONDS
+    for process in processes.values():
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def _death(pid):
@@ -2393,7 +2907,8 @@ class NativeEnv(gym.Env):
         self.next_start = None  # once an episode has ended, the state at the start of the next
 
     def reset(self, *, seed=None, options=None):
-        options, shapes = dict(options or {}), self.envs.start_shapes
+        options = dict(options or {})
+        shapes = self.envs.start_shapes
         for name in set(options) & set(shapes):
             array = _array(f"options[{name!r}]", options[name], shapes[name][1:], np.float64)
             options[name] = array.reshape(shapes[name])
@@ -2418,7 +2933,8 @@ class NativeEnv(gym.Env):
             if before is not None:
                 self.envs.set_state(before)
             metrics = {name: float(value) for name, (value,) in infos["episode"].items() if name not in ("r", "l")}
-            observations, infos = infos["final_obs"], infos["final_info"]
+            observations = infos["final_obs"]
+            infos = infos["final_info"]
         if self.render_mode == "human":
             self.render()
         info = {name: values[0] for name, values in infos.items()} | metrics
@@ -2454,11 +2970,14 @@ def parallel_env(env_id, render_mode=None, **env_kwargs):
     class NativeParallelEnv(ParallelEnv):
         def __init__(self):
             self.env = NativeEnv(env_id, render_mode, **env_kwargs)
-            self.metadata, self.render_mode = {"name": env_id, **self.env.metadata}, render_mode
-            observed, acted = self.env.observation_space, self.env.action_space  # (n_agents, ...)
-            self.agents, self.possible_agents = [], [f"agent_{i}" for i in range(len(observed.low))]
-            self.observation_spaces = self.by_agent(map(gym.spaces.Box, observed.low, observed.high))
-            self.action_spaces = self.by_agent(map(gym.spaces.Box, acted.low, acted.high))
+            self.metadata = {"name": env_id, **self.env.metadata}
+            self.render_mode = render_mode
+            observations = self.env.observation_space  # (n_agents, obs_dim)
+            actions = self.env.action_space  # (n_agents, act_dim)
+            self.agents = []
+            self.possible_agents = [f"agent_{i}" for i in range(len(observations.low))]
+            self.observation_spaces = self.by_agent(map(gym.spaces.Box, observations.low, observations.high))
+            self.action_spaces = self.by_agent(map(gym.spaces.Box, actions.low, actions.high))
 
         def observation_space(self, agent):
             return self.observation_spaces[agent]
