@@ -1956,12 +1956,14 @@ ARGUMENT_RANGES = {
 }
 
 
-def check_ranges(args):
+def check_args(args):
     """ValueError for an argument of a script outside its range; None, where that is a value, is inside."""
     for name, (low, high) in ARGUMENT_RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}: it must be from {low} to {high}")
+    if "n_agents" in args.env_kwargs and hasattr(args, "n_agents"):
+        raise ValueError(f"env_kwargs is {args.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
 
 def parse_args(Args, doc):
@@ -2016,7 +2018,7 @@ def average(tensor):
     return tensor
 
 
-def as_one_vector(module):
+def flatten(module):
     """One vector that holds all weights of a module, and in `grad` their gradients: its parameters become views of it.
 
     Clipping, averaging and Adam are then one operation each, which takes a sixth off an update of async_ppo.py's
@@ -2034,22 +2036,29 @@ def as_one_vector(module):
     return weights
 
 
-def evaluate_model(args, policies, env_id, env_kwargs):
-    """What --evaluate does: compare a saved model's policies with the baselines, in a new folder beside the model."""
+def evaluate_model(args, make_policy, env_id, env_kwargs):
+    """What --evaluate does: compare a saved model's policy with the baselines, in a new folder beside the model."""
     folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder.mkdir()
+    policies = _policies(args.exp_name, make_policy)
     _, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)
     print(table)
     print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
+def _policies(name, make_policy):
+    """What is compared with the baselines: the greedy policy, and the one that training saw."""
+    return {name: make_policy, "sampled": partial(make_policy, greedy=False)}
+
+
 class Run:
     """A run's bookkeeping: its folder, logs, evaluations, checkpoints and the signals that end it.
 
-        run = Run(args, policies, total_steps, env_id, env_kwargs)  # a new folder, or that of an unfinished run
-        if run.checkpoint: ...                                      # put back what was given to `save`
+        run = Run(args, agent.make_policy, total_steps, env_id, env_kwargs)  # a new folder, or an unfinished run's
+        if run.checkpoint: ...                                              # put back what was given to `save`
         while ...:
-            run.log(step, scalars, episodes)
+            run.add_episodes(infos["episode"], infos["_episode"])
+            run.log(step, scalars)
             run.evaluate(agent.state_dict())
             if run.checkpoint_due():
                 run.save(state, own)
@@ -2057,9 +2066,9 @@ class Run:
                 break
         run.finish(agent)
 
-    It writes files and says when to stop. It never owns the loop, calls nothing of the algorithm but the policies that
-    it evaluates, and touches no tensor that trains. policies are {name: make_policy}, the one that is trained first;
-    they are evaluated in `env_id` with `env_kwargs`. In a torchrun every process has one, and rank 0 writes.
+    It writes files and says when to stop. It never owns the loop, calls nothing of the algorithm but the policy that it
+    evaluates, and touches no tensor that trains. make_policy(envs, greedy=True) makes a policy as `evaluate` takes it,
+    which is evaluated in `env_id` with `env_kwargs`. In a torchrun every process has a Run, and rank 0 writes.
 
         folder       where the run's files are
         checkpoint   None, or a dict: what was last given to `save`, also by the process that ran before this one
@@ -2067,14 +2076,16 @@ class Run:
         stopping     whether a SIGINT or SIGTERM came, to any of the processes
     """
 
-    def __init__(self, args, policies, total_steps, env_id, env_kwargs):
+    def __init__(self, args, make_policy, total_steps, env_id, env_kwargs):
         import torch
         import torch.distributed as dist
 
         self.args = dataclasses.asdict(args)
-        self.policies = policies
-        self.make_policy = next(iter(policies.values()))
+        self.make_policy = make_policy
+        if total_steps < 1:
+            raise ValueError(f"total_timesteps is {args.total_timesteps}: it must be enough for one rollout")
         self.total_steps = total_steps
+        self.episodes = {}  # since the last `log`, {metric: [value]}
         self.env_id = env_id
         self.env_kwargs = env_kwargs
         self.rank, self.world_size, self.device = setup(args)
@@ -2099,14 +2110,20 @@ class Run:
         self.first_step = self.last_step = self.step
         self.start_time = time.time()
 
-    def log(self, step, scalars, episodes):
-        """Write a step's scalars {tag: value}, and the means of the episodes {metric: values} that ended up to it."""
+    def add_episodes(self, metrics, ended):
+        """Remember metrics {name: (num_envs,)} of the episodes that `ended` (num_envs,); `log` writes their means."""
+        for name, values in metrics.items():
+            self.episodes.setdefault(name, []).extend(values[ended])
+
+    def log(self, step, scalars):
+        """Write the scalars {tag: value} of an iteration that ended with `step`, and the means over its episodes."""
         self.last_step = self.step
         self.step = step
+        tags = {"r": "charts/episodic_return", "l": "charts/episodic_length"}
+        means = {tags.get(name, f"episode/{name}"): np.mean(values) for name, values in self.episodes.items() if values}
+        self.episodes = {}
         if self.rank > 0:
             return
-        tags = {"r": "charts/episodic_return", "l": "charts/episodic_length"}
-        means = {tags.get(name, f"episode/{name}"): np.mean(values) for name, values in episodes.items() if len(values)}
         scalars = means | scalars
         # All costs included, evaluations too
         scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
@@ -2186,7 +2203,8 @@ class Run:
     def _conclude(self, agent):
         agent.load_state_dict(load(self.folder / "model.pt")["model"])
         episodes = self.args["eval_episodes"]
-        scores, table = compare(self.policies, self.env_id, episodes, TEST_SEED, self.folder, **self.env_kwargs)
+        policies = _policies(self.args["exp_name"], self.make_policy)
+        scores, table = compare(policies, self.env_id, episodes, TEST_SEED, self.folder, **self.env_kwargs)
         print(f"\nThe best policy on {episodes} other held-out episodes:\n\n{table}\n")
         for name, score in scores.items():
             self.writer.add_scalar(f"test/{name}", score, self.step)

@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 2 ppo_swarm.py    data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
-The algorithm is clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv
-2011.09533), `--critic central` MAPPO (arXiv 2103.01955) with a critic that pools over the swarm, so that it takes any
-number of agents. How it departs from CleanRL's ppo_continuous_action.py:
+Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv 2011.09533), `--critic
+central` MAPPO (arXiv 2103.01955), whose critic pools over the swarm and so takes any number of agents. How it departs
+from CleanRL's ppo_continuous_action.py:
 
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
@@ -32,18 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import (
-    NEIGHBOR_FEATURES,
-    Run,
-    as_one_vector,
-    average,
-    check_ranges,
-    evaluate_model,
-    load,
-    make_vec,
-    parse_args,
-    setup,
-)
+from envs import NEIGHBOR_FEATURES, Run, average, check_args, evaluate_model, flatten, load, make_vec, parse_args, setup
 
 
 @dataclass
@@ -63,8 +52,7 @@ class Args:
 
     env_id: str = "Swarm"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
-    # further arguments of the environment, as in: --env-kwargs box_size 10 noise 0.1
-    env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)
+    env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)  # more of its arguments: noise 0.1 dt 0.1
     num_envs: int = 32  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
@@ -93,13 +81,11 @@ class Args:
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
     def __post_init__(self):
-        check_ranges(self)
-        if self.num_steps * self.num_envs % self.num_minibatches:
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: it must divide num_steps * num_envs")
-        if self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:  # one advantage has no deviation
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: minibatches need two agent-steps or more")
-        if "n_agents" in self.env_kwargs:
-            raise ValueError(f"env_kwargs is {self.env_kwargs}: n_agents must be given by itself, as --n-agents")
+        check_args(self)
+        batch_size = self.num_steps * self.num_envs
+        if batch_size % self.num_minibatches or batch_size * self.n_agents == self.num_minibatches:
+            allowed = "it must divide num_steps * num_envs, and leave two agent-steps or more"
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: {allowed} to a minibatch")
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -191,13 +177,14 @@ class Agent(nn.Module):
         mean = self.actor_mean(self.actor(obs, neighbors))
         return SquashedNormal(mean, self.actor_logstd, self.action_low, self.action_high)
 
-    def make_policy(self, envs):
-        """The deterministic policy on arrays, as envs.py evaluates it."""
+    def make_policy(self, envs, greedy=True):
+        """The policy on arrays, as envs.py evaluates it: the mode of its actions, or drawn as in training."""
+        generator = torch.Generator().manual_seed(0)
 
         @torch.no_grad()
         def act(observations, infos):
             policy = self.get_policy(*to_tensors(observations, infos, self.action_low.device))
-            return policy.squash(policy.mode).cpu().numpy()
+            return policy.squash(policy.mode if greedy else policy.sample(generator)).cpu().numpy()
 
         return act
 
@@ -209,23 +196,19 @@ class SquashedNormal:
     """
 
     def __init__(self, mean, logstd, low, high):
-        self.mean = mean
+        self.mean = self.mode = mean
         self.logstd = logstd
         self.low = low
         self.high = high
         self.scale = (high - low) / 2
-        self.bias = (high + low) / 2
-
-    @property
-    def mode(self):
-        return self.mean
 
     def sample(self, generator=None):
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)  # on the CPU, with any device
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
-        return torch.clamp(self.scale * torch.tanh(u) + self.bias, self.low, self.high)  # rounding may lead beyond
+        stretched = self.scale * torch.tanh(u) + (self.high + self.low) / 2
+        return torch.clamp(stretched, self.low, self.high)  # rounding may lead beyond
 
     def log_prob(self, u):
         z = (u - self.mean) * torch.exp(-self.logstd)
@@ -274,9 +257,6 @@ def approx_kl(logratio):
     return (logratio.exp() - 1 - logratio).mean()
 
 
-# -------------------- Run ---------------------------------------------------------------------------------------------
-
-
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     rank, world_size, device = setup(args)
@@ -291,22 +271,18 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
-    policies = {args.exp_name: agent.make_policy}
-    weights = as_one_vector(agent)
+    weights = flatten(agent)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        saved = load(args.evaluate)["model"]
-        new = agent.state_dict()  # a critic of each agent's own need not fit
-        agent.load_state_dict(saved | {name: new[name] for name in new if name.startswith("critic")})
-        evaluate_model(args, policies, args.env_id, env_kwargs)
+        critic = {name: new for name, new in agent.state_dict().items() if name.startswith("critic")}
+        agent.load_state_dict(load(args.evaluate)["model"] | critic)  # a critic of each agent's own need not fit
+        evaluate_model(args, agent.make_policy, args.env_id, env_kwargs)
         raise SystemExit
 
     steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
     num_iterations = args.total_timesteps // steps_per_iteration
-    if num_iterations < 1:
-        raise ValueError(f"total_timesteps is {args.total_timesteps}: one rollout already has {steps_per_iteration}")
 
     # Storage
     shape = (args.num_steps, args.num_envs, args.n_agents)
@@ -317,27 +293,24 @@ if __name__ == "__main__":
     rewards = torch.zeros(shape, device=device)
     values = torch.zeros(shape, device=device)
     final_values = torch.zeros(shape, device=device)
-    dones = torch.zeros(shape[:2], device=device)
+    dones = torch.zeros((*shape[:2], 1), device=device)
 
-    run = Run(args, policies, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
-    first_iteration = 1
+    run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
     # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
     torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
         own = run.checkpoint["ranks"][rank]
-        first_iteration = run.checkpoint["iteration"] + 1
         agent.load_state_dict(run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         torch.set_rng_state(own["rng"])
         next_obs, next_neighbors = to_tensors(*envs.set_state(own["envs"]), device)
 
-    for iteration in range(first_iteration, num_iterations + 1):
+    for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
 
         # Rollout
         rollout_start = time.time()
-        episodes = {}
         for step in range(args.num_steps):
             obs[step] = next_obs
             neighbors[step] = next_neighbors
@@ -349,26 +322,22 @@ if __name__ == "__main__":
             observations, reward, terminations, truncations, infos = envs.step(actions)
             next_obs, next_neighbors = to_tensors(observations, infos, device)
             rewards[step] = torch.from_numpy(reward)
-            dones[step] = torch.from_numpy(terminations | truncations)
-
-            # Bootstrap: what a time limit cut off
+            dones[step, :, 0] = torch.from_numpy(terminations | truncations)
+            # Bootstrap what a time limit cut off
             final_values[step] = 0
             cut_off = truncations & ~terminations  # (num_envs,)
             if cut_off.any():
                 with torch.no_grad():
-                    final = to_tensors(infos["final_obs"], infos["final_info"], device)
-                    final_value = agent.get_value(*final)
+                    final_value = agent.get_value(*to_tensors(infos["final_obs"], infos["final_info"], device))
                 final_values[step, cut_off] = final_value[cut_off]
-            for name, value in infos.get("episode", {}).items():
-                episodes.setdefault(name, []).extend(value[infos["_episode"]])
+            if "episode" in infos:
+                run.add_episodes(infos["episode"], infos["_episode"])
 
         # Advantages
         with torch.no_grad():
             values[:] = agent.get_value(obs.flatten(0, 1), neighbors.flatten(0, 1)).view(shape)
             last_value = agent.get_value(next_obs, next_neighbors)
-        advantages = compute_gae(
-            rewards, values, last_value, final_values, dones.unsqueeze(-1), args.gamma, args.gae_lambda
-        )
+        advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
         # Update
@@ -385,8 +354,7 @@ if __name__ == "__main__":
         kl_exceeded = False
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
-                # index_select copies whole rows, and is several times faster than b_obs[mb_inds]
-                mb_obs = b_obs.index_select(0, mb_inds)
+                mb_obs = b_obs.index_select(0, mb_inds)  # several times faster than b_obs[mb_inds]
                 mb_neighbors = b_neighbors.index_select(0, mb_inds)
                 policy = agent.get_policy(mb_obs, mb_neighbors)
                 newvalue = agent.get_value(mb_obs, mb_neighbors)
@@ -395,23 +363,19 @@ if __name__ == "__main__":
                 mb_advantages = b_advantages[mb_inds]
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-
                 # Policy loss
                 pg_loss1 = -mb_advantages * ratio
                 pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-
                 # Value loss
                 v_loss = (newvalue - b_returns[mb_inds]) ** 2
                 if args.clip_vloss:
                     v_step = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (b_values[mb_inds] + v_step - b_returns[mb_inds]) ** 2)
                 v_loss = 0.5 * v_loss.mean()
-
                 # Entropy: at ent_coef 0 it is only logged, and its gradient would be a waste of time
                 with torch.set_grad_enabled(args.ent_coef > 0):
                     entropy = policy.entropy().mean()
-
                 loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
                 losses.append(torch.stack([v_loss, pg_loss, entropy]).detach())
                 logratios.append(logratio.detach())
@@ -442,14 +406,13 @@ if __name__ == "__main__":
             "charts/rollout_seconds": update_start - rollout_start,
             "charts/update_seconds": time.time() - update_start,
         }
-        run.log(iteration * steps_per_iteration, scalars, episodes)
+        run.log(iteration * steps_per_iteration, scalars)
         run.evaluate(agent.state_dict())
 
         # Checkpoint
         if run.checkpoint_due():
-            state = {"iteration": iteration, "model": agent.state_dict(), "optimizer": optimizer.state_dict()}
             own = {"rng": torch.get_rng_state(), "envs": envs.get_state()}  # of this process alone
-            run.save(state, own)
+            run.save({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)
         if run.stopping:
             break
 
