@@ -82,10 +82,10 @@ class Args:
 
     def __post_init__(self):
         check_args(self)
-        batch_size = self.num_steps * self.num_envs
-        if batch_size % self.num_minibatches or batch_size * self.n_agents == self.num_minibatches:
-            allowed = "it must divide num_steps * num_envs, and leave two agent-steps or more"
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: {allowed} to a minibatch")
+        rows = self.num_steps * self.num_envs  # that minibatches are drawn from
+        if rows % self.num_minibatches or self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:
+            allowed = f"it must divide {rows}, and leave two agent-steps or more to a minibatch"
+            raise ValueError(f"num_minibatches is {self.num_minibatches}: {allowed}")
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -328,7 +328,8 @@ if __name__ == "__main__":
             cut_off = truncations & ~terminations  # (num_envs,)
             if cut_off.any():
                 with torch.no_grad():
-                    final_value = agent.get_value(*to_tensors(infos["final_obs"], infos["final_info"], device))
+                    final = to_tensors(infos["final_obs"], infos["final_info"], device)
+                    final_value = agent.get_value(*final)
                 final_values[step, cut_off] = final_value[cut_off]
             if "episode" in infos:
                 run.add_episodes(infos["episode"], infos["_episode"])
@@ -342,13 +343,9 @@ if __name__ == "__main__":
 
         # Update
         update_start = time.time()
-        b_obs = obs.flatten(0, 1)
-        b_neighbors = neighbors.flatten(0, 1)
-        b_raw_actions = raw_actions.flatten(0, 1)
-        b_logprobs = logprobs.flatten(0, 1)
-        b_advantages = advantages.flatten(0, 1)
-        b_returns = returns.flatten(0, 1)
-        b_values = values.flatten(0, 1)
+        batch = [obs, neighbors, raw_actions, logprobs, advantages, returns, values]
+        batch = [x.flatten(0, 1) for x in batch]  # (num_steps * num_envs, ...)
+        b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values = batch
         losses = []  # of every minibatch
         logratios = []
         kl_exceeded = False
