@@ -367,7 +367,7 @@ SWARM_TURNING = 3
 SWARM_ORDER = 4
 SWARM_OBSTACLE = 5
 
-# Columns of `totals` and `stats`.
+# Columns of `totals` and `stats`, in the order of Swarm.stat_names.
 SWARM_STAT_RETURN = 0
 SWARM_STAT_LENGTH = 1
 SWARM_STAT_ORDER = 2
@@ -946,17 +946,19 @@ LIDAR_ARRIVAL = 1
 LIDAR_COLLISION = 2
 LIDAR_TIME = 3
 
-# Columns of `totals` and `stats`.
+# Columns of `totals` and `stats`, in the order of LidarNavigation.stat_names.
 LIDAR_STAT_RETURN = 0
 LIDAR_STAT_LENGTH = 1
 LIDAR_STAT_GOALS = 2
 LIDAR_STAT_COLLISIONS = 3
-LIDAR_STAT_COLLISIONS_PER_GOAL = 4  # in `stats`; in `totals`, straight ways to the goals reached [m]
-LIDAR_STAT_PATH_EFFICIENCY = 5  # in `stats`; in `totals`, ways driven to the goals reached [m]
+LIDAR_STAT_COLLISIONS_PER_GOAL = 4
+LIDAR_STAT_PATH_EFFICIENCY = 5
 LIDAR_STAT_CONTACT = 6
 LIDAR_STAT_TERMS = 7  # the first of them, the others follow
-LIDAR_SUM_STRAIGHT = LIDAR_STAT_COLLISIONS_PER_GOAL
-LIDAR_SUM_DRIVEN = LIDAR_STAT_PATH_EFFICIENCY
+
+# The two ratios cannot be summed up: in their columns, `totals` holds what they are computed from.
+LIDAR_SUM_STRAIGHT = LIDAR_STAT_COLLISIONS_PER_GOAL  # straight ways to the goals reached so far [m]
+LIDAR_SUM_DRIVEN = LIDAR_STAT_PATH_EFFICIENCY  # ways driven to them [m]
 
 # A wheel's gap to the speed that its motor asks for shrinks as exp(-t / LIDAR_WHEEL_LAG): the share that is left at the
 # end of a step, its mean during the step, and the twofold integral over the step of its excess over this mean [s^2].
@@ -1697,7 +1699,7 @@ VMAS_SPACING = 0.25  # between any two agents or goals at the start [length]
 VMAS_SPAWN_TRIES = 1000  # places tried for each of them
 VMAS_REWARD_TERMS = ("progress", "final", "collision")
 
-# Columns of `totals` and `stats`.
+# Columns of `totals` and `stats`, in the order of VmasNavigation.stat_names.
 VMAS_STAT_RETURN = 0
 VMAS_STAT_LENGTH = 1
 VMAS_STAT_COLLISIONS = 2
@@ -1932,7 +1934,7 @@ class VmasNavigation(NativeVectorEnv):
 
     Agents are discs of radius 0.1 that push each other apart, goals are no obstacles, and there are no walls.
 
-    Action (num_envs, n_agents, 2): the force on the agent along x and y, in [-1, 1]; more acts as the bound.
+    Action (num_envs, n_agents, 2): the force on the agent along x and y, in [-1, 1]; more counts as the bound.
 
     Observation (num_envs, n_agents, 18), in the frame of the environment:
 
