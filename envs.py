@@ -5,6 +5,7 @@ In order:
     Use              `make_vec`, the one way in, and what every environment promises
     Write one        `NativeVectorEnv`, the base of the native environments, and what a batch writes a step into
     Randomness       one counter-based generator per environment
+    Grid             points sorted into cells, so that neighbours are looked for nearby only
     Swarm            flocking in a periodic box, and the Vicsek model
     LidarNavigation  robots with wheels and a lidar among walls and obstacles, and two drivers
     VmasNavigation   the navigation scenario of VMAS, step for step
@@ -119,8 +120,23 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
 # ----------------------------------------------------------------------------------------------------------------------
 # Write one
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class Outputs(NamedTuple):
+    """The buffers of a native environment, for its kernels; without `n_agents` where there is one agent only."""
+
+    observations: np.ndarray  # (num_envs, n_agents, obs_dim)
+    final_observations: np.ndarray  # of the episodes that end in this step
+    rewards: np.ndarray  # (num_envs, n_agents)
+    terminations: np.ndarray  # (num_envs,)
+    truncations: np.ndarray  # (num_envs,)
+    stats: np.ndarray  # (num_envs, len(stat_names)), of the episodes that end in this step
+    neighbors: np.ndarray | None = None  # (num_envs, n_agents, n_neighbors), indices, where an environment tells them
+    final_neighbors: np.ndarray | None = None
+
+
 def _make_buffers(num_envs, observation_space, reward_shape, stat_names):
-    """What a batch writes a step into, first of all; a native environment adds its infos."""
+    """The arrays that a batch writes a step into; a native environment adds its infos."""
     return {
         "observations": np.zeros((num_envs, *observation_space.shape), observation_space.dtype),
         "final_observations": np.zeros((num_envs, *observation_space.shape), observation_space.dtype),
@@ -133,11 +149,13 @@ def _make_buffers(num_envs, observation_space, reward_shape, stat_names):
 
 def _collect(buffers, info_names, stat_names):
     """What `step` returns, copied out of the buffers of a batch (any slice env's, or the pool's shared ones)."""
-    terminations, truncations = buffers["terminations"].copy(), buffers["truncations"].copy()
+    terminations = buffers["terminations"].copy()
+    truncations = buffers["truncations"].copy()
     infos = {name: buffers[name].copy() for name in info_names}
     done = terminations | truncations  # (num_envs,)
     if np.count_nonzero(done):  # several times faster than any()
-        infos["final_obs"], infos["_final_obs"] = buffers["final_observations"].copy(), done
+        infos["final_obs"] = buffers["final_observations"].copy()
+        infos["_final_obs"] = done
         infos["final_info"] = {name: buffers["final_" + name].copy() for name in info_names}
         infos["_final_info"] = done
         infos["episode"] = dict(zip(stat_names, buffers["stats"].T.copy(), strict=True))
@@ -151,18 +169,25 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         observations (num_envs, n_agents, obs_dim)     rewards (num_envs, n_agents)
         actions      (num_envs, n_agents, act_dim)     terminations, truncations (num_envs,)
 
-    A subclass declares its spaces to `__init__`; sets `state`, a NamedTuple of arrays (num_envs first) that holds all
-    the future depends on, among them `rng` (num_envs, 2); names the arrays a start may be given as, with their shapes,
-    in `start_shapes`, and where a start has bounds {name: (low, high)}, in `start_bounds`; and has `restart(start)`
-    (new episodes), `observe()` (state to buffers), `advance(actions)` (one step, into buffers) and `draw(env)` (a
-    picture). The vectorizer puts views of shared memory in the place of `buffers`; `first_env` is the index of this
-    slice's first environment in the whole batch, so that every environment's randomness is its own.
+    A subclass
+
+    - declares its spaces to `__init__`;
+    - sets `state`, a NamedTuple of arrays (num_envs first) that holds all the future depends on, among them `rng`
+      (num_envs, 2);
+    - names in `start_shapes` the arrays that a start may be given as, with their shapes, and in `start_bounds` those
+      that have bounds, {name: (low, high)};
+    - has `restart(start)` (new episodes), `observe()` (state to buffers), `advance(actions)` (one step, into buffers)
+      and `draw(env)` (a picture).
+
+    The vectorizer puts views of shared memory in the place of `buffers`. `first_env` is the index of this slice's first
+    environment in the whole batch, so that every environment has randomness of its own.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"], "render_fps": 30}
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
     stat_names = ("r", "l")  # columns of buffers["stats"]
-    start_shapes, start_bounds = {}, {}
+    start_shapes = {}
+    start_bounds = {}
 
     def __init__(self, num_envs, observation_space, action_space, render_mode=None, first_env=0):
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -170,7 +195,8 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         self.num_envs = _integer("num_envs", num_envs, 1)
         self.first_env = _integer("first_env", first_env, 0)
         self.render_mode = render_mode
-        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.single_observation_space = observation_space
+        self.single_action_space = action_space
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
         self.buffers = _make_buffers(num_envs, observation_space, observation_space.shape[:-1], self.stat_names)
@@ -180,11 +206,13 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
         _check_open(self)
-        seed, options = _valid_seed(seed, self.num_envs), dict(options or {})
+        seed = _valid_seed(seed, self.num_envs)
+        options = dict(options or {})
         group = _pop_identical(options, seed)
         start = _valid_start(options, self, self.num_envs)
-        if seed is not None or not self.started:
-            seed = np.random.SeedSequence().entropy % 2**63 if seed is None else seed
+        if seed is None and not self.started:
+            seed = np.random.SeedSequence().entropy % 2**63
+        if seed is not None:
             seeds = np.broadcast_to(np.uint64(seed), self.num_envs)
             index = self.first_env + np.arange(self.num_envs)  # tells apart environments of one seed
             if isinstance(seed, list):
@@ -235,7 +263,8 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         picture = self.draw(0)
         if self.window is None:
             pygame.init()
-            self.window, self.clock = pygame.display.set_mode(picture.shape[1::-1]), pygame.time.Clock()
+            self.window = pygame.display.set_mode(picture.shape[1::-1])
+            self.clock = pygame.time.Clock()
         pygame.event.pump()
         pygame.surfarray.blit_array(self.window, picture.swapaxes(0, 1))
         pygame.display.flip()
@@ -283,16 +312,72 @@ def _uniform(rng, env, low, high):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Grid
+# ----------------------------------------------------------------------------------------------------------------------
+# A square divided into cells x cells: whatever is near a point is in its cell or in one of the eight around it.
+
+
+def _cells_along(side, reach, count):
+    """How many cells along a side: each wider than `reach`, about one for each point; 1 where a grid saves nothing."""
+    cells = min(int(side / reach * (1.0 - 1e-9)), math.ceil(math.sqrt(count)))
+    return cells if cells > 3 else 1
+
+
+@kernel
+def _cell(x, cells, side):
+    """The row or column that a coordinate lies in; the first or the last if it is outside."""
+    return min(max(int(x * (cells / side)), 0), cells - 1)
+
+
+@kernel
+def _around(a, cells):
+    """The row or column a, where -1 and `cells` are the last and the first: the grid goes round a periodic box."""
+    if a < 0:
+        return cells - 1
+    return a if a < cells else 0
+
+
+@kernel
+def _sort_into_cells(points, cells, side, order, start):
+    """Counting sort of points (n, 2 or more) by grid cell: cell c holds order[start[c] : start[c + 1]]."""
+    start[:] = 0
+    for i in range(points.shape[0]):
+        start[_cell(points[i, 0], cells, side) * cells + _cell(points[i, 1], cells, side)] += 1
+    for c in range(1, start.shape[0]):
+        start[c] += start[c - 1]
+    for i in range(points.shape[0] - 1, -1, -1):
+        c = _cell(points[i, 0], cells, side) * cells + _cell(points[i, 1], cells, side)
+        start[c] -= 1
+        order[start[c]] = i
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Swarm
 # ----------------------------------------------------------------------------------------------------------------------
 
-AGENT_DIAMETER = 0.1  # two agents nearer than this collide [length]
-OBSTACLE_RADIUS = 0.5  # [length]
-PUBLISHED_DENSITY = 0.4  # 40 agents in a box of side 10 [agents per unit area]
+SWARM_AGENT_DIAMETER = 0.1  # two agents nearer than this collide [length]
+SWARM_OBSTACLE_RADIUS = 0.5  # [length]
+SWARM_PUBLISHED_DENSITY = 0.4  # 40 agents in a box of side 10 [agents per unit area]
+SWARM_SPAWN_TRIES = 100  # places tried for each agent
 NEIGHBOR_FEATURES = 5  # forward, left, cos and sin of the relative heading, presence
-OWN_FEATURES = 9  # last turn, crowding, mean of all seen (forward, left, cos, sin), obstacle (forward, left, presence)
-ALIGNMENT, COHESION, SEPARATION, TURNING, ORDER, OBSTACLE = range(6)  # columns of the reward terms
-REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
+SWARM_OWN_FEATURES = 9  # turn, crowding, mean of all seen (forward, left, cos, sin), obstacle (forward, left, presence)
+SWARM_REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
+
+# Columns of `terms`.
+SWARM_ALIGNMENT = 0
+SWARM_COHESION = 1
+SWARM_SEPARATION = 2
+SWARM_TURNING = 3
+SWARM_ORDER = 4
+SWARM_OBSTACLE = 5
+
+# Columns of `totals` and `stats`, in the order of Swarm.stat_names.
+SWARM_STAT_RETURN = 0
+SWARM_STAT_LENGTH = 1
+SWARM_STAT_ORDER = 2
+SWARM_STAT_COHESION = 3
+SWARM_STAT_COLLISIONS = 4
+SWARM_STAT_TERMS = 5  # the first of them, the others follow
 
 
 class SwarmParams(NamedTuple):
@@ -305,7 +390,7 @@ class SwarmParams(NamedTuple):
     max_steps: int
     count_self: bool
     cells: int  # grid cells along a side, each at least `radius` wide
-    obstacle_cells: int  # the same for obstacles, each at least `radius + OBSTACLE_RADIUS` wide
+    obstacle_cells: int  # the same for obstacles, each at least `radius + SWARM_OBSTACLE_RADIUS` wide
     weights: np.ndarray  # (6,), one per reward term
 
 
@@ -323,7 +408,7 @@ class SwarmScratch(NamedTuple):
     """Room for one environment's step, used again for the next, so that stepping allocates nothing."""
 
     terms: np.ndarray  # (n_agents, 6), the reward terms before weighting
-    pose: np.ndarray  # (n_agents, 4), x, y, cos and sin of the heading, sorted by grid cell
+    pose: np.ndarray  # (n_agents, 4), x, y [box sides], cos and sin of the heading, sorted by grid cell
     seen: np.ndarray  # (n_agents,), rows of `pose` that an agent sees
     offset: np.ndarray  # (n_agents, 2), and where they are from it [box sides]
     nearest: np.ndarray  # (n_neighbors,), distances of an agent's nearest so far
@@ -331,17 +416,6 @@ class SwarmScratch(NamedTuple):
     start: np.ndarray  # (cells ** 2 + 1,), where each cell begins in `order`
     obstacle_order: np.ndarray  # (n_obstacles,)
     obstacle_start: np.ndarray  # (obstacle cells ** 2 + 1,)
-
-
-class SwarmOutputs(NamedTuple):
-    observations: np.ndarray  # (num_envs, n_agents, NEIGHBOR_FEATURES * n_neighbors + OWN_FEATURES)
-    final_observations: np.ndarray
-    neighbors: np.ndarray  # (num_envs, n_agents, n_neighbors), indices; an absent neighbour is the agent itself
-    final_neighbors: np.ndarray
-    rewards: np.ndarray  # (num_envs, n_agents)
-    terminations: np.ndarray  # (num_envs,), never set: a swarm has no terminal state
-    truncations: np.ndarray  # (num_envs,)
-    stats: np.ndarray  # (num_envs, len(stat_names))
 
 
 @kernel
@@ -357,36 +431,10 @@ def _wrap(x, box_size):
 
 
 @kernel
-def _cell(x, cells, box_size):
-    return min(max(int(x * (cells / box_size)), 0), cells - 1)
-
-
-@kernel
-def _around(a, cells):
-    """The row or column that a stands for: one outside the grid is the first or last on the other side."""
-    if a < 0:
-        return cells - 1
-    return a if a < cells else 0
-
-
-@kernel
-def _sort_into_cells(points, cells, box_size, order, start):
-    """Counting sort of points (n, 2) by grid cell: cell c holds order[start[c] : start[c + 1]]."""
-    start[:] = 0
-    for i in range(points.shape[0]):
-        start[_cell(points[i, 0], cells, box_size) * cells + _cell(points[i, 1], cells, box_size)] += 1
-    for c in range(1, start.shape[0]):
-        start[c] += start[c - 1]
-    for i in range(points.shape[0] - 1, -1, -1):
-        c = _cell(points[i, 0], cells, box_size) * cells + _cell(points[i, 1], cells, box_size)
-        start[c] -= 1
-        order[start[c]] = i
-
-
-@kernel
 def _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start):
     """Distance and offset to the nearest obstacle's centre; infinity if none is within `reach`."""
-    nearest, nearest_dx, nearest_dy = reach * reach, math.inf, math.inf
+    nearest = reach * reach
+    nearest_dx, nearest_dy = math.inf, math.inf
     span = 1 if cells > 1 else 0
     row, column = _cell(x, cells, box_size), _cell(y, cells, box_size)
     for a in range(row - span, row + span + 1):
@@ -396,27 +444,31 @@ def _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start):
                 k = order[m]
                 dx, dy = _offset(obstacle[k, 0] - x, box_size), _offset(obstacle[k, 1] - y, box_size)
                 if dx * dx + dy * dy <= nearest:
-                    nearest, nearest_dx, nearest_dy = dx * dx + dy * dy, dx, dy
+                    nearest = dx * dx + dy * dy
+                    nearest_dx, nearest_dy = dx, dy
     return math.hypot(nearest_dx, nearest_dy), nearest_dx, nearest_dy
 
 
 @kernel
 def _swarm_reset(env, draw_obstacles, params, state):
     """A new episode: obstacles, positions and headings uniformly at random, no agent inside an obstacle."""
-    position, direction, obstacle, rng = state.position[env], state.direction[env], state.obstacle[env], state.rng
+    position = state.position[env]
+    direction = state.direction[env]
+    obstacle = state.obstacle[env]
+    rng = state.rng
     if draw_obstacles:
         for k in range(obstacle.shape[0]):
             obstacle[k, 0] = _uniform(rng, env, 0.0, params.box_size)
             obstacle[k, 1] = _uniform(rng, env, 0.0, params.box_size)
     for i in range(position.shape[0]):
-        for _ in range(100):  # in a box too full for this, the first step pushes the agent out
+        for _ in range(SWARM_SPAWN_TRIES):  # in a box too full for this, the first step pushes the agent out
             position[i, 0] = _uniform(rng, env, 0.0, params.box_size)
             position[i, 1] = _uniform(rng, env, 0.0, params.box_size)
             free = True
             for k in range(obstacle.shape[0]):
                 dx = _offset(position[i, 0] - obstacle[k, 0], params.box_size)
                 dy = _offset(position[i, 1] - obstacle[k, 1], params.box_size)
-                free = free and dx * dx + dy * dy > OBSTACLE_RADIUS**2
+                free = free and dx * dx + dy * dy > SWARM_OBSTACLE_RADIUS**2
             if free:
                 break
         heading = _uniform(rng, env, -math.pi, math.pi)
@@ -429,11 +481,19 @@ def _swarm_reset(env, draw_obstacles, params, state):
 @inlined
 def _swarm_move(env, actions, params, state, scratch):
     """Turn, then go straight for `dt`; an agent that ends inside an obstacle is put back on its edge."""
-    position, direction, obstacle, terms = state.position[env], state.direction[env], state.obstacle[env], scratch.terms
-    box_size, cells, step = params.box_size, params.obstacle_cells, params.speed * params.dt
-    order, start = scratch.obstacle_order, scratch.obstacle_start
+    position = state.position[env]
+    direction = state.direction[env]
+    obstacle = state.obstacle[env]
+    terms = scratch.terms
+    box_size = params.box_size
+    step = params.speed * params.dt
+    cells = params.obstacle_cells
+    order = scratch.obstacle_order
+    start = scratch.obstacle_start
     _sort_into_cells(obstacle, cells, box_size, order, start)
+
     for i in range(position.shape[0]):
+        # Turn
         turn = min(max(np.float64(actions[env, i, 0]), -params.max_turn), params.max_turn)
         state.turn[env, i] = turn
         if params.noise > 0.0:
@@ -442,34 +502,56 @@ def _swarm_move(env, actions, params, state, scratch):
         cos, sin = cos * direction[i, 0] - sin * direction[i, 1], sin * direction[i, 0] + cos * direction[i, 1]
         norm = math.sqrt(cos * cos + sin * sin)  # keeps rounding from adding up over an episode
         direction[i, 0], direction[i, 1] = cos / norm, sin / norm
+        terms[i, SWARM_TURNING] = -abs(state.turn[env, i])
+
+        # Straight ahead
         x = _wrap(position[i, 0] + step * direction[i, 0], box_size)
         y = _wrap(position[i, 1] + step * direction[i, 1], box_size)
-        terms[i, TURNING] = -abs(state.turn[env, i])
-        terms[i, OBSTACLE] = 0.0
+
+        # Out of the nearest obstacle
+        terms[i, SWARM_OBSTACLE] = 0.0
         if obstacle.shape[0] > 0:
-            distance, dx, dy = _nearest_obstacle(x, y, OBSTACLE_RADIUS, obstacle, box_size, cells, order, start)
+            distance, dx, dy = _nearest_obstacle(x, y, SWARM_OBSTACLE_RADIUS, obstacle, box_size, cells, order, start)
             if distance < 1e-9:  # on the very centre: back the way it came
-                distance, dx, dy = 1e-9, 1e-9 * direction[i, 0], 1e-9 * direction[i, 1]
-            if distance < OBSTACLE_RADIUS:
-                terms[i, OBSTACLE] = -1.0
-                edge = 1.0 - OBSTACLE_RADIUS / distance
+                distance = 1e-9
+                dx, dy = 1e-9 * direction[i, 0], 1e-9 * direction[i, 1]
+            if distance < SWARM_OBSTACLE_RADIUS:
+                terms[i, SWARM_OBSTACLE] = -1.0
+                edge = 1.0 - SWARM_OBSTACLE_RADIUS / distance
                 x, y = _wrap(x + edge * dx, box_size), _wrap(y + edge * dy, box_size)
         position[i, 0], position[i, 1] = x, y
+
+
+@kernel
+def _closeness(distance, radius):
+    """The published cohesion of one neighbour: a bell around a tenth of the radius."""
+    return math.exp(-((distance - 0.1 * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
 
 
 @inlined
 def _swarm_observe(env, params, state, scratch, outputs):
     """What every agent sees, its neighbours' indices, and the reward terms that depend on neighbours."""
-    position, direction, obstacle = state.position[env], state.direction[env], state.obstacle[env]
-    observations, neighbors = outputs.observations[env], outputs.neighbors[env]
-    order, start, pose, terms = scratch.order, scratch.start, scratch.pose, scratch.terms
-    seen, offset, nearest = scratch.seen, scratch.offset, scratch.nearest
+    position = state.position[env]
+    direction = state.direction[env]
+    obstacle = state.obstacle[env]
+    observations = outputs.observations[env]
+    neighbors = outputs.neighbors[env]
+    terms = scratch.terms
+    pose = scratch.pose
+    seen = scratch.seen
+    offset = scratch.offset
+    nearest = scratch.nearest
+    order = scratch.order
+    start = scratch.start
     n_agents, n_neighbors = neighbors.shape
-    box_size, radius, cells = params.box_size, params.radius, params.cells
+    box_size = params.box_size
+    radius = params.radius
+    cells = params.cells
     span = 1 if cells > 1 else 0
-    own = n_neighbors * NEIGHBOR_FEATURES
+    own = n_neighbors * NEIGHBOR_FEATURES  # where an agent's own features begin
     limit = (radius / box_size) ** 2
 
+    # Poses in the order of the grid, so that what is near in the box is near in memory
     _sort_into_cells(position, cells, box_size, order, start)
     for m in range(n_agents):
         i = order[m]
@@ -477,7 +559,11 @@ def _swarm_observe(env, params, state, scratch, outputs):
         pose[m, 2], pose[m, 3] = direction[i, 0], direction[i, 1]
 
     for m in range(n_agents):
-        i, x, y, cos, sin = order[m], pose[m, 0], pose[m, 1], pose[m, 2], pose[m, 3]
+        i = order[m]
+        x, y = pose[m, 0], pose[m, 1]
+        cos, sin = pose[m, 2], pose[m, 3]
+
+        # All within the radius
         n_seen = 0
         row, column = _cell(x, cells, 1.0), _cell(y, cells, 1.0)
         for a in range(row - span, row + span + 1):
@@ -486,29 +572,41 @@ def _swarm_observe(env, params, state, scratch, outputs):
                 for other in range(start[c], start[c + 1]):  # keep or overwrite: a branch would mispredict
                     dx, dy = pose[other, 0] - x, pose[other, 1] - y
                     dx, dy = dx - np.rint(dx), dy - np.rint(dy)
-                    seen[n_seen], offset[n_seen, 0], offset[n_seen, 1] = other, dx, dy
+                    seen[n_seen] = other
+                    offset[n_seen, 0], offset[n_seen, 1] = dx, dy
                     n_seen += (dx * dx + dy * dy <= limit) & (other != m)
 
-        collisions, kept = 0, min(n_seen, n_neighbors)
+        # Their sums, and the nearest of them, as rows of `pose`
         for k in range(n_neighbors):
             nearest[k] = math.inf
-        cohesion = sum_dx = sum_dy = sum_cos = sum_sin = 0.0
+        collisions = 0
+        cohesion = 0.0
+        sum_dx = sum_dy = 0.0
+        sum_cos = sum_sin = 0.0
         for s in range(n_seen):
-            other, dx, dy = seen[s], offset[s, 0], offset[s, 1]
+            other = seen[s]
+            dx, dy = offset[s, 0], offset[s, 1]
             distance = box_size * math.sqrt(dx * dx + dy * dy)
-            collisions += distance < AGENT_DIAMETER
+            collisions += distance < SWARM_AGENT_DIAMETER
             cohesion += _closeness(distance, radius)
             sum_dx, sum_dy = sum_dx + dx, sum_dy + dy
             sum_cos, sum_sin = sum_cos + pose[other, 2], sum_sin + pose[other, 3]
             for k in range(n_neighbors):  # insert it, nearest first, by selection: branches would mispredict
-                closer, last, last_other = distance < nearest[k], nearest[k], neighbors[i, k]
-                nearest[k], neighbors[i, k] = distance if closer else last, other if closer else last_other
-                distance, other = last if closer else distance, last_other if closer else other
+                closer = distance < nearest[k]
+                last = nearest[k]
+                last_other = neighbors[i, k]
+                nearest[k] = distance if closer else last
+                neighbors[i, k] = other if closer else last_other
+                distance = last if closer else distance
+                other = last_other if closer else other
 
-        for feature in range(own + OWN_FEATURES):
+        # Neighbours, in the agent's own frame
+        for feature in range(own + SWARM_OWN_FEATURES):
             observations[i, feature] = 0.0
+        kept = min(n_seen, n_neighbors)
         for k in range(kept):
-            other, feature = neighbors[i, k], k * NEIGHBOR_FEATURES
+            other = neighbors[i, k]
+            feature = k * NEIGHBOR_FEATURES
             dx, dy = pose[other, 0] - x, pose[other, 1] - y
             dx, dy = box_size / radius * (dx - np.rint(dx)), box_size / radius * (dy - np.rint(dy))
             observations[i, feature] = cos * dx + sin * dy
@@ -519,26 +617,34 @@ def _swarm_observe(env, params, state, scratch, outputs):
             neighbors[i, k] = order[other]
         for k in range(kept, n_neighbors):
             neighbors[i, k] = i
+
+        # Own turn, crowding, and the mean of all within the radius
+        share = 1.0 / max(n_seen, 1)
         observations[i, own] = state.turn[env, i] / params.max_turn
         observations[i, own + 1] = n_seen / (n_seen + n_neighbors)
-        share = 1.0 / max(n_seen, 1)
         observations[i, own + 2] = share * box_size / radius * (cos * sum_dx + sin * sum_dy)
         observations[i, own + 3] = share * box_size / radius * (cos * sum_dy - sin * sum_dx)
         observations[i, own + 4] = share * (cos * sum_cos + sin * sum_sin)
         observations[i, own + 5] = share * (cos * sum_sin - sin * sum_cos)
 
-        terms[i, ALIGNMENT] = share * (cos * sum_cos + sin * sum_sin)
-        terms[i, SEPARATION] = -collisions
+        # Reward terms
+        terms[i, SWARM_ALIGNMENT] = share * (cos * sum_cos + sin * sum_sin)
+        terms[i, SWARM_SEPARATION] = -collisions
         if params.count_self:
-            cohesion, n_seen = cohesion + _closeness(0.0, radius), n_seen + 1
-        terms[i, COHESION] = cohesion / max(n_seen, 1)
+            cohesion += _closeness(0.0, radius)
+            n_seen += 1
+        terms[i, SWARM_COHESION] = cohesion / max(n_seen, 1)
 
+    # The nearest obstacle
     if obstacle.shape[0] > 0:
-        reach, cells = radius + OBSTACLE_RADIUS, params.obstacle_cells
-        order, start = scratch.obstacle_order, scratch.obstacle_start
+        reach = radius + SWARM_OBSTACLE_RADIUS
+        cells = params.obstacle_cells
+        order = scratch.obstacle_order
+        start = scratch.obstacle_start
         _sort_into_cells(obstacle, cells, box_size, order, start)
         for i in range(n_agents):
-            x, y, cos, sin = position[i, 0], position[i, 1], direction[i, 0], direction[i, 1]
+            x, y = position[i, 0], position[i, 1]
+            cos, sin = direction[i, 0], direction[i, 1]
             distance, dx, dy = _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start)
             if distance < math.inf:
                 observations[i, own + 6] = (cos * dx + sin * dy) / reach
@@ -546,39 +652,46 @@ def _swarm_observe(env, params, state, scratch, outputs):
                 observations[i, own + 8] = 1.0
 
 
-@kernel
-def _closeness(distance, radius):
-    """The published cohesion of one neighbour: a bell around a tenth of the radius."""
-    return math.exp(-((distance - 0.1 * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
-
-
 @inlined
 def _swarm_reward(env, params, state, scratch, outputs):
-    pose, order, terms, rewards = scratch.pose, scratch.order, scratch.terms, outputs.rewards
-    weights, totals, n_agents = params.weights, state.totals, scratch.pose.shape[0]
+    """Rewards and statistics of the step, from the reward terms and the poses that `_swarm_observe` leaves."""
+    pose = scratch.pose
+    order = scratch.order
+    terms = scratch.terms
+    rewards = outputs.rewards
+    weights = params.weights
+    totals = state.totals
+    n_agents = scratch.pose.shape[0]
+
+    # Order: the mean heading vector, and each agent's heading along it
     mean_x = mean_y = 0.0
     for m in range(n_agents):
         mean_x, mean_y = mean_x + pose[m, 2] / n_agents, mean_y + pose[m, 3] / n_agents
     polar_order = math.hypot(mean_x, mean_y)
     for m in range(n_agents):
-        terms[order[m], ORDER] = (pose[m, 2] * mean_x + pose[m, 3] * mean_y) / max(polar_order, 1e-9)
+        terms[order[m], SWARM_ORDER] = (pose[m, 2] * mean_x + pose[m, 3] * mean_y) / max(polar_order, 1e-9)
+
+    # Rewards
     for i in range(n_agents):
         rewards[env, i] = 0.0
-    cohesion = collisions = 0.0
-    for t in range(len(REWARD_TERMS)):
+    for t in range(len(SWARM_REWARD_TERMS)):
         total = 0.0
         for i in range(n_agents):
             rewards[env, i] += weights[t] * terms[i, t]
             total += weights[t] * terms[i, t]
-        totals[env, 5 + t] += total / n_agents
-        totals[env, 0] += total / n_agents
+        totals[env, SWARM_STAT_TERMS + t] += total / n_agents
+        totals[env, SWARM_STAT_RETURN] += total / n_agents
+
+    # Statistics
+    cohesion = 0.0
+    collisions = 0.0
     for i in range(n_agents):
-        cohesion += terms[i, COHESION]
-        collisions -= terms[i, SEPARATION]
-    totals[env, 1] += 1.0
-    totals[env, 2] += polar_order
-    totals[env, 3] += cohesion / n_agents
-    totals[env, 4] += collisions / n_agents
+        cohesion += terms[i, SWARM_COHESION]
+        collisions -= terms[i, SWARM_SEPARATION]
+    totals[env, SWARM_STAT_LENGTH] += 1.0
+    totals[env, SWARM_STAT_ORDER] += polar_order
+    totals[env, SWARM_STAT_COHESION] += cohesion / n_agents
+    totals[env, SWARM_STAT_COLLISIONS] += collisions / n_agents
 
 
 @kernel
@@ -593,15 +706,17 @@ def _swarm_step(actions, params, state, scratch, outputs):
             outputs.final_observations[env] = outputs.observations[env]
             outputs.final_neighbors[env] = outputs.neighbors[env]
             outputs.stats[env] = state.totals[env]
-            outputs.stats[env, 2:5] /= state.totals[env, 1]
+            for column in (SWARM_STAT_ORDER, SWARM_STAT_COHESION, SWARM_STAT_COLLISIONS):  # means over the steps
+                outputs.stats[env, column] /= state.totals[env, SWARM_STAT_LENGTH]
             _swarm_reset(env, True, params, state)
             _swarm_observe(env, params, state, scratch, outputs)
 
 
-def _cells_along(box_size, reach, count):
-    """Grid cells along a side, wider than `reach`, about one point each; 1, no grid, where it would save nothing."""
-    cells = min(int(box_size / reach * (1.0 - 1e-9)), math.ceil(math.sqrt(count)))
-    return cells if cells > 3 else 1
+def _images(points, reach, box_size):
+    """The points (n, 2) with those copies of them that reach into the box from the other side of its edges."""
+    shifts = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]) * box_size
+    images = (points[:, None] + shifts).reshape(-1, 2)
+    return images[((images > -reach) & (images < box_size + reach)).all(axis=1)]
 
 
 class Swarm(NativeVectorEnv):
@@ -610,28 +725,40 @@ class Swarm(NativeVectorEnv):
     Unlike there, an agent moves along its new heading, not the old. "Published" is Equivariant RL Swarm (see README).
 
     Action (num_envs, n_agents, 1): the turn of this step, in [-max_turn, max_turn] rad; then one step straight ahead.
-    Observation (num_envs, n_agents, 5 * n_neighbors + 9), all in the agent's own frame, so that moving or turning the
-    world changes nothing: for each of the `n_neighbors` nearest others within `radius`, nearest first, the offset
-    forward and left (in radii), cos and sin of the relative heading, and 1 for presence (an absent one is all zeros);
-    then the last turn (in max_turn), crowding n / (n + n_neighbors) for n others within the radius, the mean over all n
-    of the offset, cos and sin (else an agent in a tight crowd, blind beyond its nearest, could not rejoin the rest),
-    and the nearest obstacle's centre forward and left (in radius + OBSTACLE_RADIUS) with its presence.
-    `infos["neighbors"]` (num_envs, n_agents, n_neighbors): who those neighbours are, the agent itself where absent.
 
-    Reward of an agent, the weighted sum of these terms, each a mean over the others within `radius` (separation a sum;
-    0 if none) or the agent's own; the default weights are the published ones (count_self=True counts the agent in its
-    own cohesion, at distance 0, as the published reward did):
+    Observation (num_envs, n_agents, 5 * n_neighbors + 9), in the agent's own frame, so that moving or turning all that
+    there is changes nothing:
 
-        alignment     cos of the relative heading
-        cohesion      exp(-(d - 0.1 radius)^2 / (2 (0.2 radius)^2)) for a neighbour at distance d
-        separation    -1 for every other agent nearer than AGENT_DIAMETER
+        5 each    the `n_neighbors` nearest others within `radius`, nearest first: offset forward and left (in radii),
+                  cos and sin of the relative heading, 1 for presence; all zeros for an absent one
+        1         the last turn (in max_turn)
+        1         crowding, n / (n + n_neighbors), of n others within `radius`
+        4         offset, cos and sin, as means over all these n; without them an agent in a tight crowd would see
+                  nothing beyond its nearest neighbours and could not rejoin the rest
+        3         the nearest obstacle: its centre forward and left (in radius + SWARM_OBSTACLE_RADIUS), 1 for presence
+
+    `infos["neighbors"]` (num_envs, n_agents, n_neighbors) says who those neighbours are; where one is absent, it has
+    the index of the agent itself.
+
+    Reward of an agent: the weighted sum of these terms. The first three depend on the others within `radius` and are 0
+    without any; the default weights are the published ones.
+
+        alignment     mean over them of the cos of the relative heading
+        cohesion      mean over them of exp(-(d - 0.1 radius)^2 / (2 (0.2 radius)^2)) at distance d
+        separation    -1 for each of them nearer than SWARM_AGENT_DIAMETER
         turning       -|turn|, before noise [rad]
-        order         cos of the angle between its heading and the mean heading of the swarm
+        order         cos of the angle between the agent's heading and the mean heading of the swarm
         obstacle      -1 on a step that ended inside an obstacle (the agent is put back on its edge)
 
-    Episodes end only at `max_steps`, by truncation. Episode statistics: "r" and "l" (r is the mean over agents);
-    "polar_order", |mean heading vector|; "cohesion"; "collisions", others nearer than AGENT_DIAMETER; all three means
-    over agents and steps; and "reward_<term>", which add up to r.
+    With `count_self` the agent counts in its own cohesion, at distance 0, as it does in the published reward.
+
+    Episodes end only at `max_steps`, by truncation. Episode statistics:
+
+        r, l             return, mean over agents, and length
+        polar_order      |mean heading vector|, mean over steps
+        cohesion         the reward term before weighting, mean over agents and steps
+        collisions       others nearer than SWARM_AGENT_DIAMETER, mean over agents and steps
+        reward_<term>    the weighted reward terms, means over agents; they add up to r
 
     `reset(options={"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "obstacle": (num_envs,
     n_obstacles, 2)})` gives any part of the start, wrapped into the box; the episodes after it start at random again.
@@ -639,7 +766,7 @@ class Swarm(NativeVectorEnv):
     """
 
     info_names = ("neighbors",)
-    stat_names = ("r", "l", "polar_order", "cohesion", "collisions", *(f"reward_{term}" for term in REWARD_TERMS))
+    stat_names = ("r", "l", "polar_order", "cohesion", "collisions", *(f"reward_{term}" for term in SWARM_REWARD_TERMS))
 
     def __init__(
         self,
@@ -668,10 +795,10 @@ class Swarm(NativeVectorEnv):
         n_neighbors = _integer("n_neighbors", n_neighbors, 1)
         n_obstacles = _integer("n_obstacles", n_obstacles, 0)
         if box_size is None:
-            box_size = max(math.sqrt(n_agents / PUBLISHED_DENSITY), 2.0 * _number("radius", radius))
+            box_size = max(math.sqrt(n_agents / SWARM_PUBLISHED_DENSITY), 2.0 * _number("radius", radius))
         box_size = _number("box_size", box_size, 1e-6)
-        if n_obstacles * math.pi * OBSTACLE_RADIUS**2 > 0.5 * box_size**2:
-            most = int(0.5 * box_size**2 / (math.pi * OBSTACLE_RADIUS**2))
+        if n_obstacles * math.pi * SWARM_OBSTACLE_RADIUS**2 > 0.5 * box_size**2:
+            most = int(0.5 * box_size**2 / (math.pi * SWARM_OBSTACLE_RADIUS**2))
             raise ValueError(f"n_obstacles is {n_obstacles}: at most {most} fill half of a box of side {box_size:g}")
         if not isinstance(count_self, bool):
             raise ValueError(f"count_self is {count_self!r}: it must be True or False")
@@ -685,7 +812,7 @@ class Swarm(NativeVectorEnv):
         )
         self.params = SwarmParams(
             box_size=box_size,
-            radius=_number("radius", radius, AGENT_DIAMETER, 0.5 * box_size),
+            radius=_number("radius", radius, SWARM_AGENT_DIAMETER, 0.5 * box_size),
             speed=_number("speed", speed, 0.0),
             dt=_number("dt", dt, 1e-6),
             max_turn=_number("max_turn", max_turn, 1e-6, math.pi),
@@ -693,7 +820,7 @@ class Swarm(NativeVectorEnv):
             max_steps=_integer("max_steps", max_steps, 1),
             count_self=count_self,
             cells=_cells_along(box_size, radius, n_agents),
-            obstacle_cells=_cells_along(box_size, radius + OBSTACLE_RADIUS, n_obstacles),
+            obstacle_cells=_cells_along(box_size, radius + SWARM_OBSTACLE_RADIUS, n_obstacles),
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
         absent_low = np.tile(np.float32([-1, -1, -1, -1, 0]), n_neighbors)
@@ -722,7 +849,7 @@ class Swarm(NativeVectorEnv):
             rng=np.zeros((num_envs, 2), np.int64),
         )
         self.scratch = SwarmScratch(
-            terms=np.zeros((n_agents, len(REWARD_TERMS))),
+            terms=np.zeros((n_agents, len(SWARM_REWARD_TERMS))),
             pose=np.zeros((n_agents, 4)),
             seen=np.zeros(n_agents, np.int64),
             offset=np.zeros((n_agents, 2)),
@@ -746,10 +873,10 @@ class Swarm(NativeVectorEnv):
 
     def observe(self):
         for env in range(self.num_envs):
-            _swarm_observe(env, self.params, self.state, self.scratch, SwarmOutputs(**self.buffers))
+            _swarm_observe(env, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def advance(self, actions):
-        _swarm_step(actions, self.params, self.state, self.scratch, SwarmOutputs(**self.buffers))
+        _swarm_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def draw(self, env, size=384):
         """Agents as arrowheads coloured by heading, obstacles as grey discs; size x size pixels."""
@@ -758,8 +885,8 @@ class Swarm(NativeVectorEnv):
         scale = 2 * size / self.params.box_size  # drawn at twice the size, then smoothed
         surface = pygame.Surface((2 * size, 2 * size))
         surface.fill("white")
-        for x, y in _images(self.state.obstacle[env], OBSTACLE_RADIUS, self.params.box_size):
-            pygame.draw.circle(surface, "gray70", (scale * x, scale * y), scale * OBSTACLE_RADIUS)
+        for x, y in _images(self.state.obstacle[env], SWARM_OBSTACLE_RADIUS, self.params.box_size):
+            pygame.draw.circle(surface, "gray70", (scale * x, scale * y), scale * SWARM_OBSTACLE_RADIUS)
         length = max(0.12 * scale, 5.0)
         arrow = np.array([[1.2, 0.0], [-0.8, 0.6], [-0.4, 0.0], [-0.8, -0.6]]) * length
         for (x, y), (cos, sin) in zip(self.state.position[env], self.state.direction[env], strict=True):
@@ -771,23 +898,17 @@ class Swarm(NativeVectorEnv):
         return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
 
 
-def _images(points, reach, box_size):
-    """The points (n, 2) with those copies of them that reach into the box from the other side of its edges."""
-    shifts = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]) * box_size
-    images = (points[:, None] + shifts).reshape(-1, 2)
-    return images[((images > -reach) & (images < box_size + reach)).all(axis=1)]
-
-
 def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
     """Vicsek et al. (1995): turn to the mean heading of oneself and the neighbours within `radius` (None: all seen).
 
     noise is the width of the uniform error added to each turn [rad].
     """
-    rng, params = np.random.default_rng(seed), envs.params
+    rng = np.random.default_rng(seed)
+    params = envs.params
     reach = 1.0 if radius is None else radius / params.radius
 
     def act(observations, infos):
-        features = observations[..., :-OWN_FEATURES]  # (num_envs, n_agents, n_neighbors * NEIGHBOR_FEATURES)
+        features = observations[..., :-SWARM_OWN_FEATURES]  # (num_envs, n_agents, n_neighbors * NEIGHBOR_FEATURES)
         forward, left, cos, sin, present = np.moveaxis(
             features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES), -1, 0
         )
@@ -803,32 +924,55 @@ def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
 # LidarNavigation
 # ----------------------------------------------------------------------------------------------------------------------
 
-DT = 0.05  # length of a step [s]
-ROBOT_RADIUS = 0.1  # [m]
-AXLE = 0.2  # from wheel to wheel [m]
-WHEEL_SPEED = 1.0  # the fastest that a wheel turns [m/s]
-WHEEL_LAG = 0.1  # time constant with which a wheel follows its motor [s]
+LIDAR_DT = 0.05  # length of a step [s]
+LIDAR_ROBOT_RADIUS = 0.1  # [m]
+LIDAR_AXLE = 0.2  # from wheel to wheel [m]
+LIDAR_WHEEL_SPEED = 1.0  # the fastest that a wheel turns [m/s]
+LIDAR_WHEEL_LAG = 0.1  # time constant with which a wheel follows its motor [s]
 LIDAR_RANGE = 3.0  # [m]
-N_RAYS = 32
-GOAL_RADIUS = 0.25  # a robot whose centre is this near to its goal has arrived [m]
-GOAL_DISTANCE = 1.0  # a new goal is at least so far from its robot, where the arena allows [m]
-SPAWN_MARGIN = 0.5  # between a spawned robot's centre, or a goal, and the walls [m]
-SPAWN_GAP = 0.1  # between a spawned robot, or one that stands on a goal, and everything else [m]
-OBSTACLE_RADII = (0.2, 0.5)  # the smallest and the largest [m]
-OBSTACLE_GAP = 0.3  # around every obstacle, so that a robot gets through [m]
-PLACING_TRIES = 1000
-CONTACT_DEPTH = 1e-4  # discs that overlap by less do not touch: what rounding leaves is no collision [m]
-CONTACT_PASSES = 50  # at most
-CONTACT_MOMENTUM = 0.8  # share of its last push that a robot goes on with while it still overlaps
-PROGRESS, ARRIVAL, COLLISION, TIME = range(4)  # columns of the reward terms
+LIDAR_RAYS = 32
+LIDAR_OWN_FEATURES = 4  # forward speed, yaw rate, goal (forward, left)
+LIDAR_GOAL_RADIUS = 0.25  # a robot whose centre is this near to its goal has arrived [m]
+LIDAR_GOAL_DISTANCE = 1.0  # a new goal is at least so far from its robot, where the arena allows [m]
+LIDAR_SPAWN_MARGIN = 0.5  # between a spawned robot's centre, or a goal, and the walls [m]
+LIDAR_SPAWN_GAP = 0.1  # between a spawned robot, or one that stands on a goal, and everything else [m]
+LIDAR_OBSTACLE_RADII = (0.2, 0.5)  # the smallest and the largest [m]
+LIDAR_OBSTACLE_GAP = 0.3  # around every obstacle, so that a robot gets through [m]
+LIDAR_PLACING_TRIES = 1000  # places tried for each robot, goal and obstacle
+LIDAR_CONTACT_DEPTH = 1e-4  # discs that overlap by less do not touch: what rounding leaves is no collision [m]
+LIDAR_CONTACT_PASSES = 50  # at most
+LIDAR_CONTACT_MOMENTUM = 0.8  # share of its last push that a robot goes on with while it still overlaps
 LIDAR_REWARD_TERMS = ("progress", "arrival", "collision", "time")
-# A wheel's gap to the speed its motor asks for shrinks as exp(-t / WHEEL_LAG): the share left at the end of a step,
-# the mean share during it, and the twofold integral over the step of what the share is above this mean.
-GAP_LEFT = math.exp(-DT / WHEEL_LAG)
-GAP_MEAN = WHEEL_LAG / DT * (1.0 - GAP_LEFT)
-GAP_BEND = WHEEL_LAG * DT * (1.0 - GAP_MEAN) - 0.5 * GAP_MEAN * DT**2
-RAY_COS = np.cos(np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)).astype(np.float32)  # in the robot's own frame
-RAY_SIN = np.sin(np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)).astype(np.float32)
+
+# Columns of `terms`.
+LIDAR_PROGRESS = 0
+LIDAR_ARRIVAL = 1
+LIDAR_COLLISION = 2
+LIDAR_TIME = 3
+
+# Columns of `totals` and `stats`, in the order of LidarNavigation.stat_names.
+LIDAR_STAT_RETURN = 0
+LIDAR_STAT_LENGTH = 1
+LIDAR_STAT_GOALS = 2
+LIDAR_STAT_COLLISIONS = 3
+LIDAR_STAT_COLLISIONS_PER_GOAL = 4
+LIDAR_STAT_PATH_EFFICIENCY = 5
+LIDAR_STAT_CONTACT = 6
+LIDAR_STAT_TERMS = 7  # the first of them, the others follow
+
+# The two ratios cannot be summed up: in their columns, `totals` holds what they are computed from.
+LIDAR_SUM_STRAIGHT = LIDAR_STAT_COLLISIONS_PER_GOAL  # straight ways to the goals reached so far [m]
+LIDAR_SUM_DRIVEN = LIDAR_STAT_PATH_EFFICIENCY  # ways driven to them [m]
+
+# A wheel's gap to the speed that its motor asks for shrinks as exp(-t / LIDAR_WHEEL_LAG): the share that is left at the
+# end of a step, its mean during the step, and the twofold integral over the step of its excess over this mean [s^2].
+LIDAR_GAP_LEFT = math.exp(-LIDAR_DT / LIDAR_WHEEL_LAG)
+LIDAR_GAP_MEAN = LIDAR_WHEEL_LAG / LIDAR_DT * (1.0 - LIDAR_GAP_LEFT)
+LIDAR_GAP_BEND = LIDAR_WHEEL_LAG * LIDAR_DT * (1.0 - LIDAR_GAP_MEAN) - 0.5 * LIDAR_GAP_MEAN * LIDAR_DT**2
+
+# Directions of the rays, in the robot's own frame.
+LIDAR_COS = np.cos(np.arange(LIDAR_RAYS) * (2.0 * math.pi / LIDAR_RAYS)).astype(np.float32)
+LIDAR_SIN = np.sin(np.arange(LIDAR_RAYS) * (2.0 * math.pi / LIDAR_RAYS)).astype(np.float32)
 
 
 class LidarParams(NamedTuple):
@@ -874,15 +1018,6 @@ class LidarScratch(NamedTuple):
     seen: np.ndarray  # (n_obstacles + n_agents, 3), forward, left and squared radius of what a lidar can hit [ranges]
 
 
-class LidarOutputs(NamedTuple):
-    observations: np.ndarray  # (num_envs, n_agents, N_RAYS + 4)
-    final_observations: np.ndarray
-    rewards: np.ndarray  # (num_envs, n_agents)
-    terminations: np.ndarray  # (num_envs,), never set: there is always another goal
-    truncations: np.ndarray  # (num_envs,)
-    stats: np.ndarray  # (num_envs, len(stat_names))
-
-
 @kernel
 def _overlaps(x, y, radius, disc, count):
     """Whether a disc at (x, y) overlaps any of the first `count`."""
@@ -895,55 +1030,77 @@ def _overlaps(x, y, radius, disc, count):
 @kernel
 def _set_goal(env, i, params, state, disc):
     """A new goal for robot i, clear of the obstacles in `disc`; the distance asked for shrinks as tries fail."""
-    position, goal, rng, n_obstacles = state.position[env], state.goal[env], state.rng, state.obstacle.shape[1]
-    for attempt in range(PLACING_TRIES):
-        x = _uniform(rng, env, SPAWN_MARGIN, params.width - SPAWN_MARGIN)
-        y = _uniform(rng, env, SPAWN_MARGIN, params.height - SPAWN_MARGIN)
+    position = state.position[env]
+    goal = state.goal[env]
+    rng = state.rng
+    n_obstacles = state.obstacle.shape[1]
+    for attempt in range(LIDAR_PLACING_TRIES):
+        x = _uniform(rng, env, LIDAR_SPAWN_MARGIN, params.width - LIDAR_SPAWN_MARGIN)
+        y = _uniform(rng, env, LIDAR_SPAWN_MARGIN, params.height - LIDAR_SPAWN_MARGIN)
         goal[i, 0], goal[i, 1] = x, y
         distance = math.hypot(x - position[i, 0], y - position[i, 1])
-        far = distance >= GOAL_DISTANCE * (1.0 - attempt / PLACING_TRIES)
-        if far and not _overlaps(x, y, ROBOT_RADIUS + SPAWN_GAP, disc, n_obstacles):
+        far = distance >= LIDAR_GOAL_DISTANCE * (1.0 - attempt / LIDAR_PLACING_TRIES)
+        if far and not _overlaps(x, y, LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP, disc, n_obstacles):
             break
     _begin_leg(env, i, state)
 
 
 @kernel
 def _begin_leg(env, i, state):
-    position, goal = state.position[env], state.goal[env]
+    """Robot i sets out for its goal from where it stands."""
+    position = state.position[env]
+    goal = state.goal[env]
     distance = math.hypot(goal[i, 0] - position[i, 0], goal[i, 1] - position[i, 1])
-    state.straight[env, i], state.driven[env, i], state.goal_age[env, i] = max(distance - GOAL_RADIUS, 0.0), 0.0, 0
+    state.straight[env, i] = max(distance - LIDAR_GOAL_RADIUS, 0.0)
+    state.driven[env, i] = 0.0
+    state.goal_age[env, i] = 0
 
 
 @kernel
 def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals, params, state, disc):
-    """A new episode. Whatever finds no place in PLACING_TRIES tries, in an arena that is all but full: an obstacle is
-    left out (radius 0, in a corner, where neither robot nor ray meets it), a robot is pushed clear by the first step.
+    """A new episode.
+
+    In an arena that is all but full, something may find no place in LIDAR_PLACING_TRIES tries. An obstacle is then
+    left out: radius 0, in a corner, where neither robot nor ray meets it. A robot is pushed clear by the first step.
     """
-    position, direction, obstacle, rng = state.position[env], state.direction[env], state.obstacle[env], state.rng
-    n_obstacles, width, height = obstacle.shape[0], params.width, params.height
+    position = state.position[env]
+    direction = state.direction[env]
+    obstacle = state.obstacle[env]
+    rng = state.rng
+    n_obstacles = obstacle.shape[0]
+    width, height = params.width, params.height
+
+    # Obstacles
     for k in range(n_obstacles):
         if draw_obstacles:
-            for _ in range(PLACING_TRIES):
-                radius = _uniform(rng, env, OBSTACLE_RADII[0], OBSTACLE_RADII[1])
-                x = _uniform(rng, env, radius + OBSTACLE_GAP, width - radius - OBSTACLE_GAP)
-                y = _uniform(rng, env, radius + OBSTACLE_GAP, height - radius - OBSTACLE_GAP)
-                if not _overlaps(x, y, radius + OBSTACLE_GAP, disc, k):
+            for _ in range(LIDAR_PLACING_TRIES):
+                radius = _uniform(rng, env, LIDAR_OBSTACLE_RADII[0], LIDAR_OBSTACLE_RADII[1])
+                x = _uniform(rng, env, radius + LIDAR_OBSTACLE_GAP, width - radius - LIDAR_OBSTACLE_GAP)
+                y = _uniform(rng, env, radius + LIDAR_OBSTACLE_GAP, height - radius - LIDAR_OBSTACLE_GAP)
+                if not _overlaps(x, y, radius + LIDAR_OBSTACLE_GAP, disc, k):
                     break
-                radius = x = y = 0.0
-            obstacle[k, 0], obstacle[k, 1], obstacle[k, 2] = x, y, radius
+                radius = 0.0
+                x = y = 0.0
+            obstacle[k, 0], obstacle[k, 1] = x, y
+            obstacle[k, 2] = radius
         disc[k] = obstacle[k]
+
+    # Robots
     for i in range(position.shape[0]):
         if draw_positions:
-            for _ in range(PLACING_TRIES):
-                position[i, 0] = _uniform(rng, env, SPAWN_MARGIN, width - SPAWN_MARGIN)
-                position[i, 1] = _uniform(rng, env, SPAWN_MARGIN, height - SPAWN_MARGIN)
-                if not _overlaps(position[i, 0], position[i, 1], ROBOT_RADIUS + SPAWN_GAP, disc, n_obstacles + i):
+            for _ in range(LIDAR_PLACING_TRIES):
+                x = _uniform(rng, env, LIDAR_SPAWN_MARGIN, width - LIDAR_SPAWN_MARGIN)
+                y = _uniform(rng, env, LIDAR_SPAWN_MARGIN, height - LIDAR_SPAWN_MARGIN)
+                if not _overlaps(x, y, LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP, disc, n_obstacles + i):
                     break
-            disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = position[i, 0], position[i, 1]
-            disc[n_obstacles + i, 2] = ROBOT_RADIUS
+            position[i, 0], position[i, 1] = x, y
+            disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = x, y
+            disc[n_obstacles + i, 2] = LIDAR_ROBOT_RADIUS
         if draw_headings:
             heading = _uniform(rng, env, -math.pi, math.pi)
             direction[i, 0], direction[i, 1] = math.cos(heading), math.sin(heading)
+
+    # Goals
     for i in range(position.shape[0]):
         if draw_goals:
             _set_goal(env, i, params, state, disc)
@@ -957,35 +1114,47 @@ def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals,
 
 @inlined
 def _lidar_drive(env, actions, state, scratch):
-    """Move every robot for DT as its wheels turn, as if it were alone.
+    """Move every robot for one step as its wheels turn, as if it were alone.
 
-    Exact while the wheels keep their speed: an arc, its chord `sin(h) / h` of its length for a turn of 2h. When they
-    do not, turning late and driving early differ from the arc of the mean speeds, to first order sideways by `bend`.
+    While the wheels keep their speed, the way is an arc; the chord of a turn of 2h is `sin(h) / h` of its length. This
+    is exact. While they change it, the robot may turn early and drive late, or the other way round: it ends beside the
+    arc of the mean speeds, to first order sideways by `bend`.
     """
-    position, direction, wheel = state.position[env], state.direction[env], state.wheel[env]
-    n_obstacles, disc = state.obstacle.shape[1], scratch.disc
+    position = state.position[env]
+    direction = state.direction[env]
+    wheel = state.wheel[env]
+    n_obstacles = state.obstacle.shape[1]
+    disc = scratch.disc
     for k in range(n_obstacles):
         for c in range(3):
             disc[k, c] = state.obstacle[env, k, c]
     for i in range(position.shape[0]):
-        left = WHEEL_SPEED * min(max(np.float64(actions[env, i, 0]), -1.0), 1.0)
-        right = WHEEL_SPEED * min(max(np.float64(actions[env, i, 1]), -1.0), 1.0)
+        # Wheels: what the motors ask for, and the mean speeds during the step
+        left = LIDAR_WHEEL_SPEED * min(max(np.float64(actions[env, i, 0]), -1.0), 1.0)
+        right = LIDAR_WHEEL_SPEED * min(max(np.float64(actions[env, i, 1]), -1.0), 1.0)
         left_gap, right_gap = wheel[i, 0] - left, wheel[i, 1] - right
-        wheel[i, 0], wheel[i, 1] = left + GAP_LEFT * left_gap, right + GAP_LEFT * right_gap
-        left, right = left + GAP_MEAN * left_gap, right + GAP_MEAN * right_gap
-        speed, half = 0.5 * (left + right), 0.5 * DT / AXLE * (right - left)
+        wheel[i, 0], wheel[i, 1] = left + LIDAR_GAP_LEFT * left_gap, right + LIDAR_GAP_LEFT * right_gap
+        left, right = left + LIDAR_GAP_MEAN * left_gap, right + LIDAR_GAP_MEAN * right_gap
+
+        # Arc
+        speed = 0.5 * (left + right)
+        half = 0.5 * LIDAR_DT / LIDAR_AXLE * (right - left)  # of the turn
         cos, sin = math.cos(half), math.sin(half)
-        chord = DT * speed * (sin / half if abs(half) > 1e-6 else 1.0)
-        bend = GAP_BEND / AXLE * (left * right_gap - right * left_gap)
+        chord = LIDAR_DT * speed * (sin / half if abs(half) > 1e-6 else 1.0)
+        bend = LIDAR_GAP_BEND / LIDAR_AXLE * (left * right_gap - right * left_gap)
         along_x, along_y = cos * direction[i, 0] - sin * direction[i, 1], sin * direction[i, 0] + cos * direction[i, 1]
         x = position[i, 0] + chord * along_x - bend * along_y
         y = position[i, 1] + chord * along_y + bend * along_x
         cos, sin = cos * along_x - sin * along_y, sin * along_x + cos * along_y
         norm = math.sqrt(cos * cos + sin * sin)  # keeps rounding from adding up over an episode
         direction[i, 0], direction[i, 1] = cos / norm, sin / norm
+
+        # What contacts and rewards start from
         scratch.before[i, 0], scratch.before[i, 1] = position[i, 0], position[i, 1]
-        scratch.free[i, 0], scratch.free[i, 1], scratch.speed[i] = x, y, speed
-        disc[n_obstacles + i, 0], disc[n_obstacles + i, 1], disc[n_obstacles + i, 2] = x, y, ROBOT_RADIUS
+        scratch.free[i, 0], scratch.free[i, 1] = x, y
+        scratch.speed[i] = speed
+        disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = x, y
+        disc[n_obstacles + i, 2] = LIDAR_ROBOT_RADIUS
 
 
 @inlined
@@ -993,118 +1162,109 @@ def _lidar_contacts(env, params, state, scratch):
     """Push robots out of whatever they overlap; one in contact drives only as fast as it really got ahead.
 
     All pushes of a pass are found before any is made, so that the robots' order does not matter. Two robots share a
-    push equally, obstacles and walls do not yield. In a crowd a robot follows twice the mean of its pushes, not their
-    sum, or all would overshoot, and goes on with part of its last one: that way even a hundred that crowd against
-    a wall overlap by 2 mm at most.
+    push equally; obstacles and walls do not yield. In a crowd a robot follows twice the mean of its pushes, as their
+    sum would overshoot, and goes on with part of its last one. That way even a hundred robots that crowd against a
+    wall overlap by 2 mm at most.
     """
-    position, direction, wheel = state.position[env], state.direction[env], state.wheel[env]
-    disc, push, touched, n_agents = scratch.disc, scratch.push, scratch.touched, position.shape[0]
-    order, start, cells, side = scratch.order, scratch.contact_start, params.contact_cells, params.side
+    position = state.position[env]
+    direction = state.direction[env]
+    wheel = state.wheel[env]
+    disc = scratch.disc
+    push = scratch.push
+    touched = scratch.touched
+    order = scratch.order
+    start = scratch.contact_start
+    cells = params.contact_cells
+    side = params.side
+    n_agents = position.shape[0]
     first = state.obstacle.shape[1]  # the row of `disc` with the first robot
     for i in range(n_agents):
-        touched[i], push[i, 0], push[i, 1] = False, 0.0, 0.0
-    for _ in range(CONTACT_PASSES):
+        touched[i] = False
+        push[i, 0], push[i, 1] = 0.0, 0.0
+    for _ in range(LIDAR_CONTACT_PASSES):
+        # Pushes
         _sort_into_cells(disc, cells, side, order, start)
         for i in range(n_agents):
             x, y = disc[first + i, 0], disc[first + i, 1]
             push_x = push_y = 0.0
             pushes = 0
             row, column = _cell(x, cells, side), _cell(y, cells, side)
-            for a in range(max(row - 1, 0), min(row + 2, cells)):  # neighbouring cells of a row follow one another
-                for m in range(
-                    start[a * cells + max(column - 1, 0)], start[a * cells + min(column + 1, cells - 1) + 1]
-                ):
+            for a in range(max(row - 1, 0), min(row + 2, cells)):
+                begin = start[a * cells + max(column - 1, 0)]  # neighbouring cells of a row follow one another
+                end = start[a * cells + min(column + 1, cells - 1) + 1]
+                for m in range(begin, end):
                     k = order[m]
-                    dx, dy, reach = x - disc[k, 0], y - disc[k, 1], disc[k, 2] + ROBOT_RADIUS
-                    if dx * dx + dy * dy < (reach - CONTACT_DEPTH) ** 2 and k != first + i:
+                    dx, dy = x - disc[k, 0], y - disc[k, 1]
+                    reach = disc[k, 2] + LIDAR_ROBOT_RADIUS
+                    if dx * dx + dy * dy < (reach - LIDAR_CONTACT_DEPTH) ** 2 and k != first + i:
                         distance = math.sqrt(dx * dx + dy * dy)
                         if distance < 1e-9:  # one on top of the other: along x, whoever comes first to the left
-                            distance, dx, dy = 1e-9, 1e-9 if k < first + i else -1e-9, 0.0
+                            distance = 1e-9
+                            dx, dy = 1e-9 if k < first + i else -1e-9, 0.0
                         share = (0.5 if k >= first else 1.0) * (reach / distance - 1.0)
-                        push_x, push_y, pushes = push_x + share * dx, push_y + share * dy, pushes + 1
-            weight, kept = 2.0 / max(pushes, 2), CONTACT_MOMENTUM if pushes > 0 else 0.0
+                        push_x, push_y = push_x + share * dx, push_y + share * dy
+                        pushes += 1
+            weight = 2.0 / max(pushes, 2)
+            kept = LIDAR_CONTACT_MOMENTUM if pushes > 0 else 0.0
             push[i, 0], push[i, 1] = weight * push_x + kept * push[i, 0], weight * push_y + kept * push[i, 1]
             touched[i] |= pushes > 0
+
+        # Moves, and walls
         settled = True
         for i in range(n_agents):
             x, y = disc[first + i, 0] + push[i, 0], disc[first + i, 1] + push[i, 1]
-            inside_x = min(max(x, ROBOT_RADIUS), params.width - ROBOT_RADIUS)
-            inside_y = min(max(y, ROBOT_RADIUS), params.height - ROBOT_RADIUS)
-            wall = max(abs(inside_x - x), abs(inside_y - y)) > CONTACT_DEPTH
+            inside_x = min(max(x, LIDAR_ROBOT_RADIUS), params.width - LIDAR_ROBOT_RADIUS)
+            inside_y = min(max(y, LIDAR_ROBOT_RADIUS), params.height - LIDAR_ROBOT_RADIUS)
+            wall = max(abs(inside_x - x), abs(inside_y - y)) > LIDAR_CONTACT_DEPTH
             settled &= not (wall or push[i, 0] != 0.0 or push[i, 1] != 0.0)
             touched[i] |= wall
             disc[first + i, 0], disc[first + i, 1] = inside_x, inside_y
         if settled:
             break
+
+    # Positions, and what is left of the speed
     for i in range(n_agents):
         position[i, 0], position[i, 1] = disc[first + i, 0], disc[first + i, 1]
         if touched[i]:
             ahead = (position[i, 0] - scratch.free[i, 0]) * direction[i, 0]
             ahead += (position[i, 1] - scratch.free[i, 1]) * direction[i, 1]
-            change = scratch.speed[i] + ahead / DT - 0.5 * (wheel[i, 0] + wheel[i, 1])
+            change = scratch.speed[i] + ahead / LIDAR_DT - 0.5 * (wheel[i, 0] + wheel[i, 1])
             for w in range(2):
-                wheel[i, w] = min(max(wheel[i, w] + change, -WHEEL_SPEED), WHEEL_SPEED)
-
-
-@inlined
-def _lidar_reward(env, params, state, scratch, outputs):
-    """Rewards and statistics of the step, and a new goal for whoever has arrived."""
-    position, goal, before, terms, totals = state.position, state.goal, scratch.before, scratch.terms, state.totals
-    n_agents = position.shape[1]
-    for i in range(n_agents):
-        old = math.sqrt((goal[env, i, 0] - before[i, 0]) ** 2 + (goal[env, i, 1] - before[i, 1]) ** 2)
-        distance = math.sqrt(
-            (goal[env, i, 0] - position[env, i, 0]) ** 2 + (goal[env, i, 1] - position[env, i, 1]) ** 2
-        )
-        way = math.sqrt((position[env, i, 0] - before[i, 0]) ** 2 + (position[env, i, 1] - before[i, 1]) ** 2)
-        terms[i, PROGRESS] = old - distance
-        terms[i, ARRIVAL] = distance <= GOAL_RADIUS
-        terms[i, COLLISION] = -np.float64(scratch.touched[i])
-        terms[i, TIME] = -1.0
-        totals[env, 3] += scratch.touched[i] and not state.contact[env, i]
-        totals[env, 6] += scratch.touched[i]
-        state.contact[env, i] = scratch.touched[i]
-        state.goal_age[env, i] += 1
-        state.driven[env, i] += way
-        if distance <= GOAL_RADIUS:
-            totals[env, 2] += 1.0
-            totals[env, 4] += state.straight[env, i]
-            totals[env, 5] += state.driven[env, i]
-            _set_goal(env, i, params, state, scratch.disc)
-    totals[env, 1] += 1.0
-    for i in range(n_agents):
-        outputs.rewards[env, i] = 0.0
-    for t in range(len(LIDAR_REWARD_TERMS)):
-        total = 0.0
-        for i in range(n_agents):
-            outputs.rewards[env, i] += params.weights[t] * terms[i, t]
-            total += params.weights[t] * terms[i, t]
-        totals[env, 7 + t] += total / n_agents
-        totals[env, 0] += total / n_agents
+                wheel[i, w] = min(max(wheel[i, w] + change, -LIDAR_WHEEL_SPEED), LIDAR_WHEEL_SPEED)
 
 
 @kernel
 def _scan(cos, sin, left, right, below, above, seen, n_seen, row):
-    """One lidar: row[k] is the reading of ray k, everything else in lidar ranges.
+    """One lidar: row[k] becomes the reading of ray k. All lengths are in lidar ranges.
 
     left, right, below and above are the distances to the walls; seen[:n_seen] are the discs. In float32 and without
-    branches, so that it compiles to vector instructions over the rays; within 1e-6, or 1e-3 where a ray only grazes.
+    branches, so that it compiles to vector instructions over the rays. Readings are within 1e-6 of the exact ones, or
+    1e-3 where a ray only grazes a disc.
     """
-    zero, one = np.float32(0.0), np.float32(1.0)
-    for k in range(N_RAYS):
-        dx, dy = cos * RAY_COS[k] - sin * RAY_SIN[k], sin * RAY_COS[k] + cos * RAY_SIN[k]
+    zero = np.float32(0.0)
+    one = np.float32(1.0)
+
+    # Walls
+    for k in range(LIDAR_RAYS):
+        dx, dy = cos * LIDAR_COS[k] - sin * LIDAR_SIN[k], sin * LIDAR_COS[k] + cos * LIDAR_SIN[k]
         to_x = (right if dx > zero else left) / abs(dx)
         to_y = (above if dy > zero else below) / abs(dy)
         row[k] = min(min(to_x, to_y), one)
+
+    # Discs
     for m in range(n_seen):
-        forward, left, square = seen[m, 0], seen[m, 1], seen[m, 2]
-        for k in range(N_RAYS):
-            along, across = forward * RAY_COS[k] + left * RAY_SIN[k], forward * RAY_SIN[k] - left * RAY_COS[k]
+        forward, aside = seen[m, 0], seen[m, 1]
+        square = seen[m, 2]
+        for k in range(LIDAR_RAYS):
+            along = forward * LIDAR_COS[k] + aside * LIDAR_SIN[k]
+            across = forward * LIDAR_SIN[k] - aside * LIDAR_COS[k]
             inside = square - across * across
             root = math.sqrt(max(inside, zero))
             hit = max(along - root, zero) if (inside > zero) & (along + root > zero) else one
             row[k] = min(row[k], hit)
-    for k in range(N_RAYS):  # near things get most of the scale: only they are a reason to turn
+
+    # Readings: near things get most of the scale, because only they are a reason to turn
+    for k in range(LIDAR_RAYS):
         row[k] = (np.float32(6.0) * row[k] - one) / (one + np.float32(4.0) * row[k])
 
 
@@ -1115,16 +1275,29 @@ def lidar_distance(reading):
 
 @inlined
 def _lidar_observe(env, params, state, scratch, outputs):
-    position, direction, obstacle, wheel = state.position, state.direction, state.obstacle, state.wheel
-    observations, disc, order, start = outputs.observations, scratch.disc, scratch.order, scratch.lidar_start
-    placed, seen, cells, side = scratch.sorted, scratch.seen, params.lidar_cells, params.side / LIDAR_RANGE
-    n_agents, n_obstacles = position.shape[1], obstacle.shape[1]
+    """What every robot sees: its lidar, its own speeds and its goal."""
+    position = state.position
+    direction = state.direction
+    obstacle = state.obstacle
+    wheel = state.wheel
+    observations = outputs.observations
+    disc = scratch.disc
+    order = scratch.order
+    start = scratch.lidar_start
+    placed = scratch.sorted
+    seen = scratch.seen
+    cells = params.lidar_cells
+    side = params.side / LIDAR_RANGE
+    n_agents = position.shape[1]
+    n_obstacles = obstacle.shape[1]
+
+    # Discs in the order of the grid, in lidar ranges
     for k in range(n_obstacles):
         for c in range(3):
             disc[k, c] = obstacle[env, k, c]
     for i in range(n_agents):
         disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = position[env, i, 0], position[env, i, 1]
-        disc[n_obstacles + i, 2] = ROBOT_RADIUS
+        disc[n_obstacles + i, 2] = LIDAR_ROBOT_RADIUS
     _sort_into_cells(disc, cells, params.side, order, start)
     for m in range(disc.shape[0]):
         for c in range(3):
@@ -1134,27 +1307,98 @@ def _lidar_observe(env, params, state, scratch, outputs):
         i = order[m] - n_obstacles
         if i < 0:
             continue
-        x, y, cos, sin = placed[m, 0], placed[m, 1], direction[env, i, 0], direction[env, i, 1]
+        x, y = placed[m, 0], placed[m, 1]
+        cos, sin = direction[env, i, 0], direction[env, i, 1]
+
+        # Whatever the lidar can hit
         n_seen = 0
         row, column = _cell(x, cells, side), _cell(y, cells, side)
         for a in range(max(row - 1, 0), min(row + 2, cells)):
-            for other in range(
-                start[a * cells + max(column - 1, 0)], start[a * cells + min(column + 1, cells - 1) + 1]
-            ):  # keep or overwrite: a branch would mispredict
-                dx, dy, radius = placed[other, 0] - x, placed[other, 1] - y, placed[other, 2]
+            begin = start[a * cells + max(column - 1, 0)]  # neighbouring cells of a row follow one another
+            end = start[a * cells + min(column + 1, cells - 1) + 1]
+            for other in range(begin, end):  # keep or overwrite: a branch would mispredict
+                dx, dy = placed[other, 0] - x, placed[other, 1] - y
+                radius = placed[other, 2]
                 seen[n_seen, 0], seen[n_seen, 1] = cos * dx + sin * dy, cos * dy - sin * dx
                 seen[n_seen, 2] = radius * radius
                 n_seen += (dx * dx + dy * dy < (1.0 + radius) ** 2) & (other != m)
+
+        # Rays
         _scan(
             np.float32(cos), np.float32(sin), np.float32(x), np.float32(params.width / LIDAR_RANGE - x),
             np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, observations[env, i],
         )  # fmt: skip
-        observations[env, i, N_RAYS] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * WHEEL_SPEED)
-        observations[env, i, N_RAYS + 1] = (wheel[env, i, 1] - wheel[env, i, 0]) / (2.0 * WHEEL_SPEED)
+
+        # Forward speed and yaw rate, by their largest
+        observations[env, i, LIDAR_RAYS] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * LIDAR_WHEEL_SPEED)
+        observations[env, i, LIDAR_RAYS + 1] = (wheel[env, i, 1] - wheel[env, i, 0]) / (2.0 * LIDAR_WHEEL_SPEED)
+
+        # Goal, while it is shown
         dx, dy = state.goal[env, i, 0] - position[env, i, 0], state.goal[env, i, 1] - position[env, i, 1]
         shown = (state.goal_age[env, i] < params.goal_visible_steps) / (1.0 + math.sqrt(dx * dx + dy * dy))
-        observations[env, i, N_RAYS + 2] = shown * (cos * dx + sin * dy)
-        observations[env, i, N_RAYS + 3] = shown * (cos * dy - sin * dx)
+        observations[env, i, LIDAR_RAYS + 2] = shown * (cos * dx + sin * dy)
+        observations[env, i, LIDAR_RAYS + 3] = shown * (cos * dy - sin * dx)
+
+
+@inlined
+def _lidar_reward(env, params, state, scratch, outputs):
+    """Rewards and statistics of the step, and a new goal for whoever has arrived."""
+    position = state.position
+    goal = state.goal
+    before = scratch.before
+    terms = scratch.terms
+    totals = state.totals
+    n_agents = position.shape[1]
+    for i in range(n_agents):
+        # Reward terms
+        old = math.sqrt((goal[env, i, 0] - before[i, 0]) ** 2 + (goal[env, i, 1] - before[i, 1]) ** 2)
+        distance = math.sqrt(
+            (goal[env, i, 0] - position[env, i, 0]) ** 2 + (goal[env, i, 1] - position[env, i, 1]) ** 2
+        )
+        terms[i, LIDAR_PROGRESS] = old - distance
+        terms[i, LIDAR_ARRIVAL] = distance <= LIDAR_GOAL_RADIUS
+        terms[i, LIDAR_COLLISION] = -np.float64(scratch.touched[i])
+        terms[i, LIDAR_TIME] = -1.0
+
+        # Contacts, and the way to the goal
+        way = math.sqrt((position[env, i, 0] - before[i, 0]) ** 2 + (position[env, i, 1] - before[i, 1]) ** 2)
+        totals[env, LIDAR_STAT_COLLISIONS] += scratch.touched[i] and not state.contact[env, i]
+        totals[env, LIDAR_STAT_CONTACT] += scratch.touched[i]
+        state.contact[env, i] = scratch.touched[i]
+        state.goal_age[env, i] += 1
+        state.driven[env, i] += way
+        if distance <= LIDAR_GOAL_RADIUS:
+            totals[env, LIDAR_STAT_GOALS] += 1.0
+            totals[env, LIDAR_SUM_STRAIGHT] += state.straight[env, i]
+            totals[env, LIDAR_SUM_DRIVEN] += state.driven[env, i]
+            _set_goal(env, i, params, state, scratch.disc)
+    totals[env, LIDAR_STAT_LENGTH] += 1.0
+
+    # Rewards
+    for i in range(n_agents):
+        outputs.rewards[env, i] = 0.0
+    for t in range(len(LIDAR_REWARD_TERMS)):
+        total = 0.0
+        for i in range(n_agents):
+            outputs.rewards[env, i] += params.weights[t] * terms[i, t]
+            total += params.weights[t] * terms[i, t]
+        totals[env, LIDAR_STAT_TERMS + t] += total / n_agents
+        totals[env, LIDAR_STAT_RETURN] += total / n_agents
+
+
+@kernel
+def _lidar_stats(n_agents, totals, stats):
+    """The statistics of an episode that has ended, from its sums."""
+    goals = totals[LIDAR_STAT_GOALS]
+    collisions = totals[LIDAR_STAT_COLLISIONS]
+    straight = totals[LIDAR_SUM_STRAIGHT]
+    driven = totals[LIDAR_SUM_DRIVEN]
+    stats[:] = totals
+    stats[LIDAR_STAT_GOALS] = goals / n_agents
+    stats[LIDAR_STAT_COLLISIONS] = collisions / n_agents
+    stats[LIDAR_STAT_COLLISIONS_PER_GOAL] = collisions / max(goals, 1.0)
+    stats[LIDAR_STAT_PATH_EFFICIENCY] = straight / driven if driven > 0.0 else 0.0
+    stats[LIDAR_STAT_CONTACT] = totals[LIDAR_STAT_CONTACT] / (n_agents * totals[LIDAR_STAT_LENGTH])
 
 
 @kernel
@@ -1162,18 +1406,13 @@ def _lidar_step(actions, params, state, scratch, outputs):
     for env in range(actions.shape[0]):
         _lidar_drive(env, actions, state, scratch)
         _lidar_contacts(env, params, state, scratch)
-        _lidar_reward(env, params, state, scratch, outputs)
+        _lidar_reward(env, params, state, scratch, outputs)  # sets new goals, so that they are observed at once
         _lidar_observe(env, params, state, scratch, outputs)
         state.elapsed[env] += 1
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
         if outputs.truncations[env]:
             outputs.final_observations[env] = outputs.observations[env]
-            stats, totals, n_agents = outputs.stats[env], state.totals[env], actions.shape[1]
-            stats[:] = totals
-            stats[2:4] = totals[2:4] / n_agents
-            stats[4] = totals[3] / max(totals[2], 1.0)
-            stats[5] = totals[4] / totals[5] if totals[5] > 0.0 else 0.0
-            stats[6] = totals[6] / (n_agents * totals[1])
+            _lidar_stats(actions.shape[1], state.totals[env], outputs.stats[env])
             _lidar_reset(env, True, True, True, True, params, state, scratch.disc)
             _lidar_observe(env, params, state, scratch, outputs)
 
@@ -1181,43 +1420,53 @@ def _lidar_step(actions, params, state, scratch, outputs):
 class LidarNavigation(NativeVectorEnv):
     """Robots with two wheels and a lidar, each on the way to one goal after another, in an arena with four walls.
 
-    Action (num_envs, n_agents, 2): the left and the right motor, in [-1, 1] of WHEEL_SPEED, which the wheels follow
-    with the lag WHEEL_LAG. The wheels do not slip: forward speed is their mean, yaw rate their difference over AXLE.
-    A robot is a disc; in contact with a wall, an obstacle or another robot it is pushed clear, sliding along, and its
-    forward speed becomes what it really got ahead. A step of DT is within 0.01 mm of the differential equation.
+    Action (num_envs, n_agents, 2): the left and the right motor, in [-1, 1] of LIDAR_WHEEL_SPEED, which the wheels
+    follow with the lag LIDAR_WHEEL_LAG. The wheels do not slip: forward speed is their mean, yaw rate their difference
+    over LIDAR_AXLE. A step of LIDAR_DT is within 0.01 mm of the differential equation. A robot is a disc. In contact
+    with a wall, an obstacle or another robot it is pushed clear, sliding along, and its forward speed becomes what it
+    really got ahead.
 
-    Observation (num_envs, n_agents, 36), in the robot's own frame: 32 rays, the first straight ahead and then
-    counter-clockwise, from its centre to the nearest wall, obstacle or robot, at a distance of d lidar ranges as
-    (6 d - 1) / (1 + 4 d): exactly 1 where nothing is within range, -1 at no distance, and half of the scale for the
-    last 0.5 m. Policies learn faster from this than from a linear scale, or from one that starts at 0, of which tanh
-    layers see little but the mean (`lidar_distance` gives metres back). Then forward speed and yaw rate, by their
-    largest; the goal (forward, left) / (1 m + distance), which keeps the direction and, within (-1, 1), the distance.
-    With `goal_visible_steps` a goal is in that many observations from the one on which it was set, and then (0, 0): it
-    has to be remembered.
+    Observation (num_envs, n_agents, 36), in the robot's own frame:
 
-    A robot within GOAL_RADIUS of its goal has arrived and gets a new one in the same step. Reward of a robot, the
-    weighted sum of these terms:
+        32    rays of the lidar, the first straight ahead and then counter-clockwise, from the robot's centre to the
+              nearest wall, obstacle or robot; (6 d - 1) / (1 + 4 d) at a distance of d lidar ranges
+        1     forward speed, by its largest
+        1     yaw rate, by its largest
+        2     the goal (forward, left) / (1 m + distance): its direction and, within (-1, 1), its distance
+
+    A ray reads exactly 1 where nothing is within range, -1 at no distance, and the last 0.5 m take half of the scale.
+    Policies learn faster from this than from a linear scale, or from one that starts at 0, of which tanh layers see
+    little but the mean. `lidar_distance` gives metres back. With `goal_visible_steps` a goal is in that many
+    observations, from the one on which it was set, and (0, 0) in all later ones: it has to be remembered.
+
+    A robot within LIDAR_GOAL_RADIUS of its goal has arrived and gets a new goal in the same step. Reward of a robot:
+    the weighted sum of these terms.
 
         progress      decrease of the distance to the goal in this step [m]
         arrival       1 on arrival
         collision     -1 on a step in contact
         time          -1
 
-    Episodes end only at `max_steps`, by truncation. Episode statistics: "r" and "l" (r is the mean over robots);
-    "goals", arrivals per robot; "collisions", how often a robot came into contact, per robot; "collisions_per_goal",
-    all of these over all arrivals (at least 1); "path_efficiency", over the goals reached, the straight ways from where
-    each was set to the edge of its circle over the ways driven for them, 0 if none; "contact", the share of steps that
-    robots were in contact; and "reward_<term>", which add up to r.
+    Episodes end only at `max_steps`, by truncation. Episode statistics:
 
-    Every episode has new obstacles, with gaps that a robot can pass, new starts and goals. `reset(options={"position":
-    (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "goal": (num_envs, n_agents, 2), "obstacle": (num_envs,
-    n_obstacles, 3: x, y, radius)})` gives any part of the start; the episodes after it start at random again. A robot
-    given a place that something else occupies is pushed clear by the first step.
+        r, l                   return, mean over robots, and length
+        goals                  arrivals per robot
+        collisions             how often a robot came into contact, per robot
+        collisions_per_goal    how often any robot came into contact, over all arrivals (at least 1)
+        path_efficiency        of the goals reached, the straight ways from where each was set to the edge of its
+                               circle, over the ways driven for them; 0 if none was reached
+        contact                share of steps in contact, mean over robots
+        reward_<term>          the weighted reward terms, means over robots; they add up to r
+
+    Every episode has new obstacles, with gaps that a robot can pass, new starts and new goals. `reset(options=
+    {"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "goal": (num_envs, n_agents, 2), "obstacle":
+    (num_envs, n_obstacles, 3: x, y, radius)})` gives any part of the start; the episodes after it start at random
+    again. A robot given a place that something else occupies is pushed clear by the first step.
 
     The arena, lidar, robots, rate and goals are those of Entropy Engine V2 (see README), 100 pixels to the metre.
     """
 
-    metadata = NativeVectorEnv.metadata | {"render_fps": round(1.0 / DT)}
+    metadata = NativeVectorEnv.metadata | {"render_fps": round(1.0 / LIDAR_DT)}
     stat_names = (
         *("r", "l", "goals", "collisions", "collisions_per_goal", "path_efficiency", "contact"),
         *(f"reward_{term}" for term in LIDAR_REWARD_TERMS),
@@ -1244,8 +1493,8 @@ class LidarNavigation(NativeVectorEnv):
         width, height = _number("width", width, 3.0), _number("height", height, 3.0)
         # Thrown at random, discs with half their gap find room until they cover about a half; a quarter leaves ways.
         for name, count, radius, area in (
-            ("n_agents", n_agents, ROBOT_RADIUS + 0.5 * SPAWN_GAP, (width - 1.0) * (height - 1.0)),
-            ("n_obstacles", n_obstacles, 0.5 * (sum(OBSTACLE_RADII) + OBSTACLE_GAP), width * height),
+            ("n_agents", n_agents, LIDAR_ROBOT_RADIUS + 0.5 * LIDAR_SPAWN_GAP, (width - 1.0) * (height - 1.0)),
+            ("n_obstacles", n_obstacles, 0.5 * (sum(LIDAR_OBSTACLE_RADII) + LIDAR_OBSTACLE_GAP), width * height),
         ):
             most = int(0.25 * area / (math.pi * radius**2))
             if count > most:
@@ -1258,18 +1507,19 @@ class LidarNavigation(NativeVectorEnv):
             collision_weight=collision_weight,
             time_weight=time_weight,
         )
-        side, n_discs = max(width, height), n_obstacles + n_agents
+        side = max(width, height)
+        n_discs = n_obstacles + n_agents
         self.params = LidarParams(
             width=width,
             height=height,
             max_steps=_integer("max_steps", max_steps, 1),
             goal_visible_steps=2**62 if goal_visible_steps is None else goal_visible_steps,
             side=side,
-            lidar_cells=_cells_along(side, LIDAR_RANGE + OBSTACLE_RADII[1], n_discs),
-            contact_cells=_cells_along(side, ROBOT_RADIUS + OBSTACLE_RADII[1], n_discs / 2),
+            lidar_cells=_cells_along(side, LIDAR_RANGE + LIDAR_OBSTACLE_RADII[1], n_discs),
+            contact_cells=_cells_along(side, LIDAR_ROBOT_RADIUS + LIDAR_OBSTACLE_RADII[1], n_discs / 2),
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
-        low = np.full(N_RAYS + 4, -1.0, np.float32)
+        low = np.full(LIDAR_RAYS + LIDAR_OWN_FEATURES, -1.0, np.float32)
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
@@ -1285,9 +1535,9 @@ class LidarNavigation(NativeVectorEnv):
         }
         corner = np.array([self.params.width, self.params.height])
         self.start_bounds = {
-            "position": (ROBOT_RADIUS, corner - ROBOT_RADIUS),
+            "position": (LIDAR_ROBOT_RADIUS, corner - LIDAR_ROBOT_RADIUS),
             "goal": (0.0, corner),
-            "obstacle": (0.0, np.append(corner, OBSTACLE_RADII[1])),
+            "obstacle": (0.0, np.append(corner, LIDAR_OBSTACLE_RADII[1])),
         }
         self.state = LidarState(
             position=np.zeros((num_envs, n_agents, 2)),
@@ -1329,10 +1579,10 @@ class LidarNavigation(NativeVectorEnv):
 
     def observe(self):
         for env in range(self.num_envs):
-            _lidar_observe(env, self.params, self.state, self.scratch, LidarOutputs(**self.buffers))
+            _lidar_observe(env, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def advance(self, actions):
-        _lidar_step(actions, self.params, self.state, self.scratch, LidarOutputs(**self.buffers))
+        _lidar_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def draw(self, env, size=512):
         """Robots with a mark ahead, rings in their colour for goals, the first one's lidar; the longer side `size`."""
@@ -1344,18 +1594,19 @@ class LidarNavigation(NativeVectorEnv):
         surface.fill("white")
         for x, y, radius in scale * self.state.obstacle[env]:
             pygame.draw.circle(surface, "gray70", (x, y), radius)
-        position, direction = scale * self.state.position[env], self.state.direction[env]
+        position = scale * self.state.position[env]
+        direction = self.state.direction[env]
         cos, sin = direction[0]
-        rays = scale * lidar_distance(self.buffers["observations"][env, 0, :N_RAYS])
-        for reach, ahead, left in zip(rays, RAY_COS, RAY_SIN, strict=True):
+        rays = scale * lidar_distance(self.buffers["observations"][env, 0, :LIDAR_RAYS])
+        for reach, ahead, left in zip(rays, LIDAR_COS, LIDAR_SIN, strict=True):
             end = position[0] + reach * np.array([cos * ahead - sin * left, sin * ahead + cos * left])
             pygame.draw.line(surface, (255, 205, 205), position[0], end, 2)
         for i, (x, y) in enumerate(position):
             color = pygame.Color(0)
             color.hsva = (360.0 * i / len(position), 80, 80, 100)
-            pygame.draw.circle(surface, color, scale * self.state.goal[env, i], scale * GOAL_RADIUS, 3)
-            pygame.draw.circle(surface, color, (x, y), scale * ROBOT_RADIUS)
-            pygame.draw.line(surface, "white", (x, y), (x, y) + scale * ROBOT_RADIUS * direction[i], 5)
+            pygame.draw.circle(surface, color, scale * self.state.goal[env, i], scale * LIDAR_GOAL_RADIUS, 3)
+            pygame.draw.circle(surface, color, (x, y), scale * LIDAR_ROBOT_RADIUS)
+            pygame.draw.line(surface, "white", (x, y), (x, y) + scale * LIDAR_ROBOT_RADIUS * direction[i], 5)
         pygame.draw.rect(surface, "black", surface.get_rect(), 6)
         surface = pygame.transform.smoothscale(surface, [length // 2 for length in shape])
         return pygame.surfarray.array3d(pygame.transform.flip(surface, False, True)).swapaxes(0, 1).copy()  # y is up
@@ -1367,17 +1618,20 @@ def steering_policy(envs, reach=0.45, push=1.4, gain=0.4):
     Something in contact weighs `push` times as much as the goal, something `reach` away [m] nothing; `gain` turns a
     bearing [rad] into motor commands. A goal that is not shown is straight ahead.
     """
-    bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
+    bearing = np.arange(LIDAR_RAYS) * (2.0 * math.pi / LIDAR_RAYS)
 
     def act(observations, infos):
-        gaps = lidar_distance(observations[..., :N_RAYS].astype(float)) - ROBOT_RADIUS  # (num_envs, n_agents, rays)
+        reading = observations[..., :LIDAR_RAYS].astype(float)  # (num_envs, n_agents, rays)
+        gaps = lidar_distance(reading) - LIDAR_ROBOT_RADIUS
         weight = push * np.maximum(1.0 - gaps.min(-1) / reach, 0.0)
-        nearest, (x, y) = bearing[gaps.argmin(-1)], np.moveaxis(observations[..., N_RAYS + 2 :].astype(float), -1, 0)
+        nearest = bearing[gaps.argmin(-1)]
+        x, y = np.moveaxis(observations[..., LIDAR_RAYS + 2 :].astype(float), -1, 0)
         to_goal = np.arctan2(y, x)
         turn = np.arctan2(
             np.sin(to_goal) - weight * np.sin(nearest), np.cos(to_goal) - weight * np.cos(nearest)
         )  # (num_envs, n_agents)
-        forward, turn = np.maximum(np.cos(turn), 0.0), np.clip(gain * turn, -1.0, 1.0)
+        forward = np.maximum(np.cos(turn), 0.0)
+        turn = np.clip(gain * turn, -1.0, 1.0)
         return np.clip(np.stack([forward - turn, forward + turn], axis=-1), -1.0, 1.0).astype(np.float32)
 
     return act
@@ -1390,31 +1644,38 @@ def planning_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0
     distance to the goal [m]; `patience` is the share of that length which a detour of half a turn costs. `gain` turns
     a bearing [rad] into motor commands, and the robot slows down with less than `brake` free ahead [m].
     """
-    bearing = np.arange(N_RAYS) * (2.0 * math.pi / N_RAYS)
-    cos, sin = np.cos(bearing - bearing[:, None]), np.abs(np.sin(bearing - bearing[:, None]))  # (ways, rays)
+    bearing = np.arange(LIDAR_RAYS) * (2.0 * math.pi / LIDAR_RAYS)
+    cos = np.cos(bearing - bearing[:, None])  # (ways, rays)
+    sin = np.abs(np.sin(bearing - bearing[:, None]))
     goal = np.zeros((*envs.action_space.shape[:2], 2))  # where it was last known, forward and left [m]
     last = np.zeros_like(goal)  # forward speed and yaw rate of the step before [m/s, rad/s]
+    fastest = [LIDAR_WHEEL_SPEED, 2.0 * LIDAR_WHEEL_SPEED / LIDAR_AXLE]  # and the largest of these
 
     def act(observations, infos):
-        speed = observations[..., N_RAYS : N_RAYS + 2] * [WHEEL_SPEED, 2.0 * WHEEL_SPEED / AXLE]
-        moved, turned = np.moveaxis(0.5 * DT * (speed + last), -1, 0)
+        # The goal: where it is seen, or where it must be by now
+        speed = observations[..., LIDAR_RAYS : LIDAR_RAYS + 2] * fastest
+        moved, turned = np.moveaxis(0.5 * LIDAR_DT * (speed + last), -1, 0)
         last[...] = speed
         x, y = goal[..., 0] - moved * np.cos(0.5 * turned), goal[..., 1] - moved * np.sin(0.5 * turned)
         remembered = np.stack(
             [np.cos(turned) * x + np.sin(turned) * y, np.cos(turned) * y - np.sin(turned) * x], axis=-1
         )
-        shown = observations[..., N_RAYS + 2 :].astype(float)
+        shown = observations[..., LIDAR_RAYS + 2 :].astype(float)
         length = np.linalg.norm(shown, axis=-1, keepdims=True)
         goal[...] = np.where(length > 0.0, shown / (1.0 - length), remembered)
-        distance, to_goal = np.linalg.norm(goal, axis=-1), np.arctan2(goal[..., 1], goal[..., 0])
+        distance = np.linalg.norm(goal, axis=-1)
+        to_goal = np.arctan2(goal[..., 1], goal[..., 0])
 
-        reading = lidar_distance(observations[..., None, :N_RAYS])  # (num_envs, n_agents, 1, rays)
+        # Ways: how far each is free, and the longest for its detour
+        reading = lidar_distance(observations[..., None, :LIDAR_RAYS])  # (num_envs, n_agents, 1, rays)
         blocks = (reading < LIDAR_RANGE) & (cos > 0.0) & (reading * sin < width)
-        free = np.where(blocks, reading * cos, LIDAR_RANGE).min(-1) - ROBOT_RADIUS  # (num_envs, n_agents, ways)
+        free = np.where(blocks, reading * cos, LIDAR_RANGE).min(-1) - LIDAR_ROBOT_RADIUS  # (num_envs, n_agents, ways)
         enough = np.minimum(ahead, distance)[..., None]
         detour = np.abs((bearing - to_goal[..., None] + math.pi) % (2.0 * math.pi) - math.pi)
         way = np.argmax(np.minimum(free / enough, 1.0) - patience * detour / math.pi, axis=-1)
-        straight = np.take_along_axis(detour, way[..., None], -1)[..., 0] < math.pi / N_RAYS
+
+        # Motors
+        straight = np.take_along_axis(detour, way[..., None], -1)[..., 0] < math.pi / LIDAR_RAYS
         turn = np.where(straight, to_goal, (bearing[way] + math.pi) % (2.0 * math.pi) - math.pi)
         forward = np.maximum(np.cos(turn), 0.0) * np.clip(free[..., 0] / brake, 0.0, 1.0)
         turn = np.clip(gain * turn, -1.0, 1.0)
@@ -1437,11 +1698,23 @@ VMAS_STIFFNESS = 100.0  # force per depth of a contact; an agent's mass is 1
 VMAS_MARGIN = 1e-3  # a contact sets in softly over about this depth [length]
 VMAS_RANGE = 0.35  # of the lidar, from the agent's centre [length]
 VMAS_RAYS = 12  # of the lidar, at fixed angles in the world, the first along x
+VMAS_OWN_FEATURES = 6  # position, velocity, position minus goal; the lidar follows
 VMAS_SPACING = 0.25  # between any two agents or goals at the start [length]
 VMAS_SPAWN_TRIES = 1000  # places tried for each of them
-VMAS_TERMS = ("progress", "final", "collision")
-VMAS_COS = np.cos(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))  # (6,), the rays of one half; the other half
-VMAS_SIN = np.sin(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))  # looks the opposite way
+VMAS_REWARD_TERMS = ("progress", "final", "collision")
+
+# Columns of `totals` and `stats`, in the order of VmasNavigation.stat_names.
+VMAS_STAT_RETURN = 0
+VMAS_STAT_LENGTH = 1
+VMAS_STAT_COLLISIONS = 2
+VMAS_STAT_ARRIVED = 3
+VMAS_STAT_PROGRESS = 4
+VMAS_STAT_FINAL = 5
+VMAS_STAT_COLLISION = 6
+
+# Directions of the rays of one half (6,); those of the other half are opposite.
+VMAS_COS = np.cos(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))
+VMAS_SIN = np.sin(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))
 
 
 class VmasParams(NamedTuple):
@@ -1466,15 +1739,6 @@ class VmasScratch(NamedTuple):
     distance: np.ndarray  # (num_envs,), of all agents to their goals, summed, before the step
 
 
-class VmasOutputs(NamedTuple):
-    observations: np.ndarray  # (num_envs, n_agents, 6 + VMAS_RAYS)
-    final_observations: np.ndarray
-    rewards: np.ndarray  # (num_envs, n_agents)
-    terminations: np.ndarray  # (num_envs,)
-    truncations: np.ndarray  # (num_envs,)
-    stats: np.ndarray  # (num_envs, len(stat_names))
-
-
 @kernel
 def _nearest_squared(x, y, points, count, stop):
     """The squared distance to the nearest of the first `count` points, or to the first one found within `stop`."""
@@ -1490,7 +1754,8 @@ def _nearest_squared(x, y, points, count, stop):
 @kernel
 def _vmas_spawn(env, agents, goals, rng):
     """All agents, then all goals, in [-1, 1]^2 and VMAS_SPACING apart; of tries that all fail, the most distant one."""
-    n_agents, tries = agents.shape[0], VMAS_SPAWN_TRIES
+    n_agents = agents.shape[0]
+    tries = VMAS_SPAWN_TRIES
     for i in range(2 * n_agents):
         best = -1.0
         for _ in range(tries):
@@ -1513,6 +1778,7 @@ def _vmas_spawn(env, agents, goals, rng):
 
 @inlined
 def _vmas_reset(env, state):
+    """A new episode: everyone at rest, agents and goals at random."""
     _vmas_spawn(env, state.agent_pos[env], state.goal_pos[env], state.rng)
     state.agent_vel[env] = 0.0
     state.elapsed[env] = 0
@@ -1521,15 +1787,19 @@ def _vmas_reset(env, state):
 
 @kernel
 def _vmas_move(env, actions, position, velocity, force):
-    """One step of one world: the actions are forces, touching agents push each other apart.
+    """One step of one environment: the actions are forces, touching agents push each other apart.
 
-    Here and below the whole arrays and an index: to cut out the part of one world costs a sixth of a step.
+    This and the kernels below take whole arrays and the index of an environment: cutting out its part of them would
+    cost a sixth of a step.
     """
     n_agents = position.shape[1]
     for substep in range(VMAS_SUBSTEPS):
+        # Actions
         for i in range(n_agents):
             force[i, 0] = min(max(np.float64(actions[env, i, 0]), -1.0), 1.0)
             force[i, 1] = min(max(np.float64(actions[env, i, 1]), -1.0), 1.0)
+
+        # Contacts
         for i in range(n_agents):
             for j in range(i):
                 dx, dy = position[env, i, 0] - position[env, j, 0], position[env, i, 1] - position[env, j, 1]
@@ -1542,6 +1812,8 @@ def _vmas_move(env, actions, position, velocity, force):
                         push = VMAS_STIFFNESS * depth / distance
                         force[i, 0], force[i, 1] = force[i, 0] + push * dx, force[i, 1] + push * dy
                         force[j, 0], force[j, 1] = force[j, 0] - push * dx, force[j, 1] - push * dy
+
+        # Velocities and positions
         kept = 1.0 - VMAS_DRAG if substep == 0 else 1.0
         for i in range(n_agents):
             for axis in range(2):
@@ -1557,18 +1829,22 @@ def _vmas_see(env, i, j, dx, dy, observations):
     """
     half = VMAS_RAYS // 2
     for k in range(half):
-        along, aside = dx * VMAS_COS[k] + dy * VMAS_SIN[k], dx * VMAS_SIN[k] - dy * VMAS_COS[k]
-        chord = VMAS_RADIUS**2 - aside * aside
+        along = dx * VMAS_COS[k] + dy * VMAS_SIN[k]
+        across = dx * VMAS_SIN[k] - dy * VMAS_COS[k]
+        chord = VMAS_RADIUS**2 - across * across
         if chord > 0.0 and along != 0.0:
             reading = np.float32(VMAS_RANGE - abs(along) + math.sqrt(chord))
-            ahead, behind = (6 + k, 6 + half + k) if along > 0.0 else (6 + half + k, 6 + k)
+            ray = VMAS_OWN_FEATURES + k
+            opposite = VMAS_OWN_FEATURES + half + k
+            ahead = ray if along > 0.0 else opposite
+            behind = opposite if along > 0.0 else ray
             observations[env, i, ahead] = max(observations[env, i, ahead], reading)
             observations[env, j, behind] = max(observations[env, j, behind], reading)
 
 
 @kernel
 def _vmas_observe(env, position, velocity, goal, touching, observations):
-    """What the agents of one world see, and how many others each touches."""
+    """What the agents of one environment see, and how many others each touches."""
     n_agents = position.shape[1]
     for i in range(n_agents):
         touching[i] = 0.0
@@ -1577,61 +1853,77 @@ def _vmas_observe(env, position, velocity, goal, touching, observations):
             observations[env, i, 2 + axis] = velocity[env, i, axis]
             observations[env, i, 4 + axis] = position[env, i, axis] - goal[env, i, axis]
         for k in range(VMAS_RAYS):
-            observations[env, i, 6 + k] = 0.0
+            observations[env, i, VMAS_OWN_FEATURES + k] = 0.0
     for i in range(n_agents):
         for j in range(i):
             dx, dy = position[env, j, 0] - position[env, i, 0], position[env, j, 1] - position[env, i, 1]
             squared = dx * dx + dy * dy
             if squared < (VMAS_RANGE + VMAS_RADIUS) ** 2:
                 touch = 1.0 if squared <= (2.0 * VMAS_RADIUS) ** 2 else 0.0
-                touching[i], touching[j] = touching[i] + touch, touching[j] + touch
+                touching[i] += touch
+                touching[j] += touch
                 _vmas_see(env, i, j, dx, dy, observations)
 
 
 @kernel
 def _to_goals(env, position, goal):
-    """The sum of the distances to the goals and the largest one; how many have arrived."""
-    total = farthest = arrived = 0.0
+    """The sum of the distances to the goals, the largest of them, and how many agents have arrived."""
+    total = 0.0
+    farthest = 0.0
+    arrived = 0.0
     for i in range(position.shape[1]):
         dx, dy = position[env, i, 0] - goal[env, i, 0], position[env, i, 1] - goal[env, i, 1]
         distance = math.sqrt(dx * dx + dy * dy)
-        total, farthest = total + distance, max(farthest, distance)
+        total += distance
+        farthest = max(farthest, distance)
         arrived += 1.0 if distance < VMAS_RADIUS else 0.0
     return total, farthest, arrived
 
 
+@inlined
+def _vmas_reward(env, total, farthest, arrived, params, state, scratch, outputs):
+    """Rewards and statistics of the step, after which `_to_goals` gives total, farthest and arrived."""
+    totals = state.totals
+    n_agents = outputs.rewards.shape[1]
+
+    # Rewards
+    progress = params.pos_shaping_factor * (scratch.distance[env] - total)
+    final = params.final_reward if farthest < VMAS_GOAL_RADIUS else 0.0
+    touching = 0.0
+    for i in range(n_agents):
+        outputs.rewards[env, i] = progress + final + params.agent_collision_penalty * scratch.touching[i]
+        touching += scratch.touching[i] / n_agents
+    collision = params.agent_collision_penalty * touching
+
+    # Statistics
+    totals[env, VMAS_STAT_RETURN] += progress + final + collision
+    totals[env, VMAS_STAT_LENGTH] += 1.0
+    totals[env, VMAS_STAT_COLLISIONS] += touching
+    totals[env, VMAS_STAT_ARRIVED] = arrived / n_agents
+    totals[env, VMAS_STAT_PROGRESS] += progress
+    totals[env, VMAS_STAT_FINAL] += final
+    totals[env, VMAS_STAT_COLLISION] += collision
+
+
 @kernel
 def _vmas_step(actions, params, state, scratch, outputs):
-    n_agents, totals = actions.shape[1], state.totals
-    position, velocity, goal, observations = state.agent_pos, state.agent_vel, state.goal_pos, outputs.observations
+    position = state.agent_pos
+    velocity = state.agent_vel
+    goal = state.goal_pos
+    observations = outputs.observations
     for env in range(actions.shape[0]):
         _vmas_move(env, actions, position, velocity, scratch.force)
         _vmas_observe(env, position, velocity, goal, scratch.touching, observations)
-        after, farthest, arrived = _to_goals(env, position, goal)
-
-        progress = params.pos_shaping_factor * (scratch.distance[env] - after)
-        final = params.final_reward if farthest < VMAS_GOAL_RADIUS else 0.0
-        touching = 0.0
-        for i in range(n_agents):
-            outputs.rewards[env, i] = progress + final + params.agent_collision_penalty * scratch.touching[i]
-            touching += scratch.touching[i] / n_agents
-        collision = params.agent_collision_penalty * touching
-        totals[env, 0] += progress + final + collision
-        totals[env, 1] += 1.0
-        totals[env, 2] += touching
-        totals[env, 3] = arrived / n_agents
-        totals[env, 4] += progress
-        totals[env, 5] += final
-        totals[env, 6] += collision
-
-        scratch.distance[env] = after
+        total, farthest, arrived = _to_goals(env, position, goal)
+        _vmas_reward(env, total, farthest, arrived, params, state, scratch, outputs)
+        scratch.distance[env] = total
         state.elapsed[env] += 1
-        outputs.terminations[env] = arrived == n_agents
+        outputs.terminations[env] = arrived == actions.shape[1]
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
         if outputs.terminations[env] or outputs.truncations[env]:
             outputs.final_observations[env] = observations[env]
-            outputs.stats[env] = totals[env]
-            outputs.stats[env, 2] /= totals[env, 1]
+            outputs.stats[env] = state.totals[env]
+            outputs.stats[env, VMAS_STAT_COLLISIONS] /= state.totals[env, VMAS_STAT_LENGTH]
             _vmas_reset(env, state)
             _vmas_observe(env, position, velocity, goal, scratch.touching, observations)
             scratch.distance[env], _, _ = _to_goals(env, position, goal)
@@ -1640,35 +1932,47 @@ def _vmas_step(actions, params, state, scratch, outputs):
 class VmasNavigation(NativeVectorEnv):
     """The `navigation` scenario of VMAS 1.5.2 with its default arguments: discs on their way to goals of their own.
 
-    Step for step the same as VMAS for the same start and actions, to within its float32 rounding, but for one thing:
+    For the same start and actions each step equals that of VMAS, to within its float32 rounding, but for one thing:
     VMAS also penalises two agents up to 0.005 apart if some other environment of the batch has the same two touching.
-    Here, as in VMAS with one environment, only those that touch pay, and no environment looks at another.
+    Here, as in VMAS with one environment, only those that touch pay, and no environment depends on another.
 
-    Action (num_envs, n_agents, 2): the force on the agent along x and y, in [-1, 1]; more acts as the bound.
-    Observation (num_envs, n_agents, 18), in the frame of the world: position, velocity, position minus goal, then 12
-    lidar readings 30 degrees apart, the first along x. A reading is 0.35 - (distance to the nearest other agent's edge
-    along that ray), 0 if that is farther than 0.35; it exceeds 0.35, by up to 0.1, only inside another agent.
-    Agents are discs of radius 0.1 that push each other apart, goals are no obstacles, and the world has no walls.
+    Agents are discs of radius 0.1 that push each other apart, goals are no obstacles, and there are no walls.
 
-    Reward of an agent, the sum of these terms:
+    Action (num_envs, n_agents, 2): the force on the agent along x and y, in [-1, 1]; more counts as the bound.
+
+    Observation (num_envs, n_agents, 18), in the frame of the environment:
+
+        2     position
+        2     velocity
+        2     position minus goal
+        12    lidar readings, 30 degrees apart, the first along x: 0.35 - (distance to the nearest other agent's edge
+              along that ray), 0 if that is farther than 0.35; above 0.35, by up to 0.1, only inside another agent
+
+    Reward of an agent: the sum of these terms.
 
         progress    pos_shaping_factor * the decrease of the distance to the goal, summed over all agents
         final       final_reward when all agents are within 0.05 of their goals
         collision   agent_collision_penalty for each other agent that it touches (centres at most 0.2 apart)
 
     Terminates when all agents are within 0.1 of their goals (so that few episodes see the final reward); truncates at
-    `max_steps`, 100 as in TorchRL's tutorial, where VMAS has no limit. Starts at rest, positions and then goals uniform
-    in [-1, 1]^2, all of them at least 0.25 apart. From about 22 agents on there is not always room for that: where VMAS
-    searches for ever, the place farthest from all others is taken of 1,000 tried (100 once a goal has found none).
+    `max_steps`, 100 as in TorchRL's tutorial, where VMAS has no limit.
 
-    Episode statistics: "r" and "l" (r is the mean over agents); "collisions", others touched, mean over agents and
-    steps; "arrived", the share of agents within 0.1 of their goals at the end; and "reward_<term>", which add up to r.
+    Starts at rest, positions and then goals uniform in [-1, 1]^2, all of them at least 0.25 apart. From about 22 agents
+    on there is not always room for that. VMAS then searches for ever; here, of 1,000 places tried (100 once a goal has
+    found none), the one farthest from all others is taken.
+
+    Episode statistics:
+
+        r, l             return, mean over agents, and length
+        collisions       others touched, mean over agents and steps
+        arrived          share of agents within 0.1 of their goals at the end
+        reward_<term>    the reward terms, means over agents; they add up to r
 
     `reset(options={"agent_pos", "agent_vel", "goal_pos"})`, each (num_envs, n_agents, 2), gives any part of the start
     as it is; the rest, and the episodes after it, start at random.
     """
 
-    stat_names = ("r", "l", "collisions", "arrived", *(f"reward_{term}" for term in VMAS_TERMS))
+    stat_names = ("r", "l", "collisions", "arrived", *(f"reward_{term}" for term in VMAS_REWARD_TERMS))
 
     def __init__(
         self,
@@ -1688,8 +1992,8 @@ class VmasNavigation(NativeVectorEnv):
             final_reward=_number("final_reward", final_reward),
             agent_collision_penalty=_number("agent_collision_penalty", agent_collision_penalty),
         )
-        low = np.float32([-np.inf] * 6 + [0.0] * VMAS_RAYS)
-        high = np.float32([np.inf] * 6 + [VMAS_RANGE + VMAS_RADIUS] * VMAS_RAYS)
+        low = np.float32([-np.inf] * VMAS_OWN_FEATURES + [0.0] * VMAS_RAYS)
+        high = np.float32([np.inf] * VMAS_OWN_FEATURES + [VMAS_RANGE + VMAS_RADIUS] * VMAS_RAYS)
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), np.tile(high, (n_agents, 1)), dtype=np.float32),
@@ -1718,19 +2022,22 @@ class VmasNavigation(NativeVectorEnv):
             getattr(self.state, name)[...] = array
 
     def observe(self):
-        position, velocity, goal = self.state.agent_pos, self.state.agent_vel, self.state.goal_pos
+        position = self.state.agent_pos
+        velocity = self.state.agent_vel
+        goal = self.state.goal_pos
         for env in range(self.num_envs):
             _vmas_observe(env, position, velocity, goal, self.scratch.touching, self.buffers["observations"])
             self.scratch.distance[env], _, _ = _to_goals(env, position, goal)
 
     def advance(self, actions):
-        _vmas_step(actions, self.params, self.state, self.scratch, VmasOutputs(**self.buffers))
+        _vmas_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def draw(self, env, size=384):
         """Agents as discs, their goals as rings of the same colour, lidar ranges faint; size x size pixels."""
         import pygame
 
-        position, goal = self.state.agent_pos[env], self.state.goal_pos[env]
+        position = self.state.agent_pos[env]
+        goal = self.state.goal_pos[env]
         half = max(1.2, np.abs(np.concatenate([position, goal])).max() + 2.0 * VMAS_RADIUS)  # all of it is in view
         scale = size / half  # drawn at twice the size, then smoothed
         surface = pygame.Surface((2 * size, 2 * size))
@@ -3314,15 +3621,6 @@ LANDER_SCRATCH = np.dtype(
 )
 
 
-class LanderOutputs(NamedTuple):
-    observations: np.ndarray  # (num_envs, 8)
-    final_observations: np.ndarray
-    rewards: np.ndarray  # (num_envs,)
-    terminations: np.ndarray
-    truncations: np.ndarray
-    stats: np.ndarray  # (num_envs, len(stat_names))
-
-
 @uncounted
 def _clamp(x, low, high):
     return min(max(x, low), high)
@@ -4498,15 +4796,15 @@ class LunarLander(NativeVectorEnv):
             state.pose[:, LANDER, ANGLE] = start["angle"]
         if "push" in start:
             state.push[...] = start["push"]
-        nothing, outputs = np.zeros((self.num_envs, 2), np.float32), LanderOutputs(**self.buffers)
+        nothing, outputs = np.zeros((self.num_envs, 2), np.float32), Outputs(**self.buffers)
         _lander_step(nothing, True, self.params, self.landers, self.queue, self.scratch, outputs)
 
     def observe(self):
-        _lander_observe(self.landers, self.scratch, LanderOutputs(**self.buffers))
+        _lander_observe(self.landers, self.scratch, Outputs(**self.buffers))
 
     def advance(self, actions):
         throttles = actions if self.continuous else THROTTLES.take(actions, axis=0)
-        outputs = LanderOutputs(**self.buffers)
+        outputs = Outputs(**self.buffers)
         _lander_step(throttles, False, self.params, self.landers, self.queue, self.scratch, outputs)
 
     def draw(self, env, width=600):

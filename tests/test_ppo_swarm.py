@@ -813,7 +813,7 @@ def test_the_x_axis_counts_agent_steps(finished):
 
 def test_the_reward_terms_add_up_to_the_return(finished):
     read = curves(finished.own)
-    terms = [[value for _, value in read[f"episode/reward_{term}"]] for term in envs.REWARD_TERMS]
+    terms = [[value for _, value in read[f"episode/reward_{term}"]] for term in envs.SWARM_REWARD_TERMS]
     returns = [value for _, value in read["charts/episodic_return"]]
     np.testing.assert_allclose(np.sum(terms, axis=0), returns, rtol=1e-5, atol=1e-4)
 
