@@ -11,23 +11,15 @@ mean of all evaluations, the area under the learning curve, which no single luck
 
 import argparse
 import itertools
-import os
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 from async_race import LANDER
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import first_reaching, print_head, print_row, run_and_read, two_at_once
 
-ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = "--eval-every 4096 --eval-episodes 20"
 FLAGS = {
     "CartPole-v1": "--total-timesteps 100000",
-    "LunarLander": LANDER + "--env-id LunarLander --total-timesteps 1000000",
+    "LunarLander": f"{LANDER} --env-id LunarLander --total-timesteps 1000000",
 }
 TARGETS = {"CartPole-v1": 475.0, "LunarLander": 200.0}
 MODES = {"asynchronous": "", "synchronous": "--num-actors 0"}
@@ -35,16 +27,13 @@ MODES = {"asynchronous": "", "synchronous": "--num-actors 0"}
 
 def run(env_id, mode, seed):
     """(steps until the target, whether it got there, mean of all evaluations, mean lag)."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"{FLAGS[env_id]} {EVALUATE} {MODES[mode]} --seed {seed}"
-        command = [sys.executable, ROOT / "async_ppo.py", *flags.split()]
-        subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-        events = EventAccumulator(str(next(Path(folder).glob("runs/*"))), size_guidance={"scalars": 0})
-        events.Reload()
+    events = run_and_read("async_ppo.py", f"{FLAGS[env_id]} {EVALUATE} {MODES[mode]} --seed {seed}")
     curve = events.Scalars("eval/r")
-    hits = [event.step for event in curve if event.value >= TARGETS[env_id]]
-    lags = [event.value for event in events.Scalars("charts/lag_mean")]
-    return [*hits, curve[-1].step][0], bool(hits), np.mean([event.value for event in curve]), np.mean(lags)
+    hit = first_reaching(events, "eval/r", TARGETS[env_id])
+    steps = hit.step if hit else curve[-1].step
+    area = np.mean([event.value for event in curve])
+    lag = np.mean([event.value for event in events.Scalars("charts/lag_mean")])
+    return steps, hit is not None, area, lag
 
 
 def main():
@@ -54,16 +43,17 @@ def main():
     options = parser.parse_args()
     for env_id in options.env_ids:
         print(f"python async_ppo.py {FLAGS[env_id]} {EVALUATE} [{MODES['synchronous']}] --seed S")
-    print("\n| environment | mode | steps until the target | got there | mean of all evaluations | lag |")
-    print("|---" * 6 + "|")
-    arrived = {}
+    print()
+    print_head("environment", "mode", "steps until the target", "got there", "mean of all evaluations", "lag")
+    arrived = {}  # mean steps until then
     for env_id, mode in itertools.product(options.env_ids, MODES):
-        with ThreadPoolExecutor(2) as pool:
-            rows = [*pool.map(partial(run, env_id, mode), options.seeds)]
-        (steps, share, area, lag), (spread, _, area_spread, _) = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
+        runs = two_at_once(run, [(env_id, mode, seed) for seed in options.seeds])
+        rows = np.array(list(runs.values()), float)
+        steps, share, area, lag = rows.mean(axis=0)
+        steps_std, _, area_std, _ = rows.std(axis=0, ddof=1)
         arrived[env_id, mode] = steps
-        row = f"{steps:,.0f} +- {spread:,.0f} | {share:.0%} | {area:.1f} +- {area_spread:.1f} | {lag:.2f}"
-        print(f"| {env_id} | {mode} | {row} |", flush=True)
+        cells = [f"{steps:,.0f} +- {steps_std:,.0f}", f"{share:.0%}", f"{area:.1f} +- {area_std:.1f}", f"{lag:.2f}"]
+        print_row(env_id, mode, *cells)
     for env_id in options.env_ids:
         ratio = arrived[env_id, "asynchronous"] / arrived[env_id, "synchronous"]
         print(f"\n{env_id}: asynchronous takes {ratio:.2f} times the steps.")

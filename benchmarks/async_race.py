@@ -14,31 +14,41 @@ Kernels are compiled before.
 """
 
 import argparse
-import multiprocessing
 import operator
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from common import (
+    evaluate,
+    first_reaching,
+    judge_on_box2d,
+    load_policy,
+    median_and_range,
+    print_head,
+    print_row,
+    read_events,
+    run_script,
+    seconds_at,
+)
 
 TARGETS = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}
 LANDER = (
     "--num-steps 128 --gamma 0.999 --gae-lambda 0.98 --num-minibatches 8 --update-epochs 5 --learning-rate 2e-3 "
-    "--reward-scale 0.02 --ent-coef 0.003 "
+    "--reward-scale 0.02 --ent-coef 0.003"
 )
-JUDGED = "--eval-env-id LunarLander-v3 --eval-every 50000 --eval-episodes 20 "
+JUDGED = "--eval-env-id LunarLander-v3 --eval-every 50000 --eval-episodes 20"
 FLAGS = {
     "CartPole-v1": {"async_ppo.py": "--total-timesteps 100000 --eval-every 2048 --eval-episodes 20"},
     "LunarLander-v3": {
-        "on the native lander": LANDER + JUDGED + "--env-id LunarLander --num-actors 1 --total-timesteps 4000000",
-        "on Box2D": LANDER + JUDGED + "--env-id LunarLander-v3 --total-timesteps 4000000",
+        "on the native lander": f"{LANDER} {JUDGED} --env-id LunarLander --num-actors 1 --total-timesteps 4000000",
+        "on Box2D": f"{LANDER} {JUDGED} --env-id LunarLander-v3 --total-timesteps 4000000",
     },
 }
 ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
@@ -52,9 +62,16 @@ ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml; lin_x falls linearly to 0
     ),
 }  # fmt: skip
 EVAL_EVERY = {"CartPole-v1": 2048, "LunarLander-v3": 50_000}
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
-RUN_PAUSED = "import async_race; async_race.run_paused()"
+NAN = float("nan")  # of what did not happen
+
+
+class Result(NamedTuple):
+    """What it took until the target, and how good the best policy was in the end."""
+
+    steps: float
+    training: float  # seconds from the first step
+    with_startup: float  # seconds from the launch of the process
+    end: str
 
 
 def sb3(env_id, seed, launch):
@@ -65,14 +82,17 @@ def sb3(env_id, seed, launch):
     from stable_baselines3.common.evaluation import evaluate_policy
 
     settings = dict(ZOO[env_id])
-    n_envs, total = settings.pop("n_envs"), settings.pop("n_timesteps")
+    n_envs = settings.pop("n_envs")
+    total = settings.pop("n_timesteps")
     for name, value in settings.items():
         if isinstance(value, str):
             first = float(value.removeprefix("lin_"))
             settings[name] = partial(operator.mul, first)  # of the share of the training that is left
 
     class Race(BaseCallback):
-        start, pause, last = time.time(), 0.0, 0
+        start = time.time()
+        pause = 0.0  # seconds of evaluations
+        last = 0  # step of the last one
 
         def _on_training_start(self):
             self.start = time.time()
@@ -80,7 +100,8 @@ def sb3(env_id, seed, launch):
         def _on_step(self):
             if self.num_timesteps - self.last < EVAL_EVERY[env_id]:
                 return True
-            self.last, now = self.num_timesteps, time.time()
+            self.last = self.num_timesteps
+            now = time.time()
             mean, _ = evaluate_policy(self.model, held_out, n_eval_episodes=20)
             if mean >= TARGETS[env_id]:
                 print(self.num_timesteps, now - self.start - self.pause, now - launch - self.pause)
@@ -92,71 +113,42 @@ def sb3(env_id, seed, launch):
     model.learn(total, callback=Race())
 
 
-def run_paused():
-    """async_ppo.py with the flags of this process; its actors stand still during every evaluation."""
-    sys.path.insert(0, str(ROOT))
-    import envs
-
-    def paused(*args, evaluate=envs.evaluate, **kwargs):
-        actors = [process.pid for process in multiprocessing.active_children()]
-        for pid in actors:
-            os.kill(pid, signal.SIGSTOP)
-        result = evaluate(*args, **kwargs)
-        for pid in actors:
-            os.kill(pid, signal.SIGCONT)
-        return result
-
-    envs.evaluate = paused
-    runpy.run_path(str(ROOT / "async_ppo.py"), run_name="__main__")
-
-
 def ours(env_id, flags, seed):
-    """Steps, seconds of training and since the launch until the target; return and success of the best policy."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    """The result of async_ppo.py, whose actors stand still during its evaluations."""
     with tempfile.TemporaryDirectory() as folder:
         launch = time.time()
-        command = [sys.executable, "-c", RUN_PAUSED, *flags.split(), "--seed", str(seed)]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, env=ENVIRONMENT)
-        (run,) = Path(folder).glob("runs/*")
-        events = EventAccumulator(str(run))
-        events.Reload()
+        run = run_script("benchmarks/async_paused.py", f"{flags} --seed {seed}", folder)
+        events = read_events(run)
         end = judge(env_id, run / "model.pt")
-    seconds = {event.step: event.step / event.value for event in events.Scalars("charts/SPS")}
-    hit = next((event for event in events.Scalars("eval/r") if event.value >= TARGETS[env_id]), None)
+    hit = first_reaching(events, "eval/r", TARGETS[env_id])
     if hit is None:
-        return *(float("nan"),) * 3, end
+        return Result(NAN, NAN, NAN, end)
+    seconds = seconds_at(events)
     logged = {event.step: event.wall_time for event in events.Scalars("charts/SPS")}
     first = min(seconds)  # training began this long before the first update was logged
     started = logged[first] - seconds[first]
     # An evaluation lies between the writing of the update's scalars and that of its own.
     pause = sum(event.wall_time - logged[event.step] for event in events.Scalars("eval/r") if event.step < hit.step)
     arrived = logged[hit.step] - pause
-    return hit.step, arrived - started, arrived - launch, end
+    return Result(hit.step, arrived - started, arrived - launch, end)
 
 
 def judge(env_id, path):
-    """Return of the best policy and, of a lander, the share of successes (lunar_lander_fidelity.py's), 100 episodes."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    from grpo_learning import judge as on_box2d
-
-    import envs
-    from async_ppo import TEST_SEED, Agent, Args
-
-    saved = envs.load(path)
-    agent = Agent(Args(**saved["args"]), envs.make_vec(env_id, 1, 0))
-    agent.load_state_dict(saved["model"])
+    """Return of the best policy and, of a lander, the share of successes, in 100 episodes; two cells of a table."""
+    make_policy = load_policy("async_ppo", path)
     if env_id == "LunarLander-v3":
-        return "{:.1f} | {:.2f}".format(*on_box2d(agent.make_policy))
-    stats, _, _ = envs.evaluate(agent.make_policy, env_id, 100, TEST_SEED)
-    return f"{stats['r'].mean():.1f} | "
+        returned, success = judge_on_box2d(make_policy)
+        return f"{returned:.1f} | {success:.2f}"
+    return f"{evaluate(make_policy, env_id)['r'].mean():.1f} | "
 
 
 def theirs(interpreter, env_id, seed):
-    """The same of SB3, which stops at the target."""
+    """The result of SB3, which stops at the target."""
     command = [interpreter, __file__, env_id, "--seeds", str(seed), "--launch", str(time.time())]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout.split()
-    return *([float(x) for x in output[-3:]] or [float("nan")] * 3), " | "
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+    steps, training, with_startup = [float(word) for word in output[-3:]] or [NAN, NAN, NAN]
+    return Result(steps, training, with_startup, " | ")
 
 
 def main():
@@ -167,40 +159,49 @@ def main():
     parser.add_argument("--judge", type=Path, nargs="+", help="finished runs: judge their policies, no race")
     parser.add_argument("--launch", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for run in options.judge or ():
-        print(f"| {run.name} | {judge(options.env_id, run / 'model.pt')} |")
-    if options.judge:
-        return
+    env_id = options.env_id
     if options.launch:
-        sb3(options.env_id, options.seeds[0], options.launch)
-        return
-    env_id, names = options.env_id, FLAGS[options.env_id]
-    for name, flags in names.items():
-        print(f"{name}: python async_ppo.py {flags} --seed S")
-    print("\n| seed | what | steps | seconds | with start-up | the best policy at the end | success |")
-    print("|---" * 7 + "|")
-    times = {}
-    for flags in names.values():  # compiles the kernels, which would else count for the first seed
+        sb3(env_id, options.seeds[0], options.launch)
+    elif options.judge:
+        for run in options.judge:
+            print_row(run.name, judge(env_id, run / "model.pt"))
+    else:
+        race(env_id, options.seeds, options.sb3)
+
+
+def race(env_id, seeds, interpreter):
+    flags = FLAGS[env_id]
+    for name in flags:
+        print(f"{name}: python async_ppo.py {flags[name]} --seed S")
+    print()
+    print_head("seed", "what", "steps", "seconds", "with start-up", "the best policy at the end", "success")
+    for name in flags:  # compiles the kernels, which would else count for the first seed
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, ROOT / "async_ppo.py", *flags.split(), "--total-timesteps", "8192"]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    for seed in options.seeds:
-        results = {name: ours(env_id, flags, seed) for name, flags in names.items()}
-        results["SB3"] = theirs(options.sb3, env_id, seed)
-        for name, (steps, training, all_in, end) in results.items():
-            times.setdefault(name, []).append((training, all_in, steps))
-            print(f"| {seed} | {name} | {steps:,.0f} | {training:.1f} | {all_in:.1f} | {end} |", flush=True)
-    for name in names:
-        ratios = np.array(times["SB3"]) / np.array(times[name])
-        training, all_in, steps = ratios[np.isfinite(ratios).all(axis=1)].T  # (seeds where both arrived,) each
-        print(f"\n{name}: both arrived with {len(steps)} of {len(ratios)} seeds")
-        if not len(steps):
+            run_script("async_ppo.py", f"{flags[name]} --total-timesteps 8192", folder)
+    results = {name: [] for name in [*flags, "SB3"]}
+    for seed in seeds:
+        for name in results:
+            result = theirs(interpreter, env_id, seed) if name == "SB3" else ours(env_id, flags[name], seed)
+            results[name].append(result)
+            seconds = [f"{result.training:.1f}", f"{result.with_startup:.1f}"]
+            print_row(seed, name, f"{result.steps:,.0f}", *seconds, result.end)
+    for name in flags:
+        pairs = [  # of the seeds with which both arrived
+            (our, their)
+            for our, their in zip(results[name], results["SB3"], strict=True)
+            if np.isfinite([our.steps, their.steps]).all()
+        ]
+        print(f"\n{name}: both arrived with {len(pairs)} of {len(seeds)} seeds")
+        if not pairs:
             continue
-        for of, values in (("of training", training), ("with start-up", all_in)):
-            spread = f"{values.min():.1f} to {values.max():.1f}"
-            print(f"seconds {of}: sooner by a factor of {np.median(values):.1f} ({spread})")
-        print(f"{1 / steps.max():.2f} to {1 / steps.min():.2f} times the steps, ", end="")
-        print(f"{(training / steps).min():.1f} to {(training / steps).max():.1f} times as many in a second")
+        training = np.array([their.training / our.training for our, their in pairs])
+        with_startup = np.array([their.with_startup / our.with_startup for our, their in pairs])
+        steps = np.array([our.steps / their.steps for our, their in pairs])
+        rate = steps * training
+        print(f"seconds of training: sooner by a factor of {median_and_range(training)}")
+        print(f"seconds with start-up: sooner by a factor of {median_and_range(with_startup)}")
+        print(f"{steps.min():.2f} to {steps.max():.2f} times the steps, ", end="")
+        print(f"{rate.min():.1f} to {rate.max():.1f} times as many in a second")
 
 
 if __name__ == "__main__":

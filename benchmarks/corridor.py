@@ -3,7 +3,8 @@
 import gymnasium as gym
 import numpy as np
 
-LENGTH, STEPS = 50, 100  # cells, and steps before the episode is cut off
+LENGTH = 50  # cells
+STEPS = 100  # before the episode is cut off
 
 
 class Corridor(gym.Env):
@@ -13,7 +14,8 @@ class Corridor(gym.Env):
     (Osband et al., arXiv 1908.03568). Random actions reach the end once in a million episodes.
     """
 
-    observation_space, action_space = gym.spaces.Box(0.0, 1.0, (LENGTH,)), gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Box(0.0, 1.0, (LENGTH,))
+    action_space = gym.spaces.Discrete(2)
 
     def __init__(self):
         self.leads_on = np.random.default_rng(0).integers(2, size=LENGTH)

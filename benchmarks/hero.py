@@ -9,24 +9,22 @@ the mean reward per agent-step of each on 100 held-out episodes, the number over
 that was trained with `--env-kwargs separation_weight 0.1` does not.
 """
 
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import tyro
+from common import evaluate, load_policy
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-from ppo_swarm import TEST_SEED, Agent, Args, load
 
 
 @dataclass
 class Options:
     model: tyro.conf.Positional[Path]  # a model.pt of ppo_swarm.py
     out: Path = Path("docs/swarm.gif")
-    seed: int = TEST_SEED  # of the start
+    seed: int = envs.TEST_SEED  # of the start
     steps: int = 60  # of the episode; each is three pictures
     size: int = 256  # of a panel, in pixels
     trail: int = 20  # pictures for which an agent's way stays visible
@@ -35,7 +33,10 @@ class Options:
 def film(make_policy, options, **env_kwargs):
     """Pictures of the beginning of an episode, three for each step, with dots where every agent has just been."""
     world = envs.make_vec("Swarm", 1, 0, render_mode="rgb_array", **env_kwargs)
-    policy, (position, direction), params = make_policy(world), world.state[:2], world.params
+    policy = make_policy(world)
+    position = world.state.position
+    direction = world.state.direction
+    params = world.params
     observations, infos = world.reset(seed=options.seed)
     pictures = [world.draw(0, options.size)] * 8  # the start, for half a second
     dots = []  # the pixels of the agents in each picture, and their colours
@@ -46,24 +47,23 @@ def film(make_policy, options, **env_kwargs):
             position[...] = (end - left * params.speed * params.dt * direction) % params.box_size
             picture = world.draw(0, options.size)
             x, y = (position[0] * options.size / params.box_size).astype(int).T
-            row, column = options.size - 1 - y, x
-            dots.append((row, column, picture[row, column] // 2 + 127))  # an agent has the colour of its heading
+            row = options.size - 1 - y
+            dots.append((row, x, picture[row, x] // 2 + 127))  # an agent has the colour of its heading
             for (row, column, color), down, right in product(dots[-options.trail - 1 : -1], (0, -1), (0, -1)):
-                row, column = row + down, column + right  # -1 is the other side of the box, as it should be
-                picture[row, column] = np.minimum(picture[row, column], color)
+                pixels = (row + down, column + right)  # -1 is the other side of the box, as it should be
+                picture[pixels] = np.minimum(picture[pixels], color)
             pictures.append(picture)
     return pictures
 
 
 def main(options):
-    saved = load(options.model)
-    args = Args(**saved["args"])
-    env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
-    agent = Agent(args, envs.make_vec("Swarm", 1, 0, **env_kwargs))
-    agent.load_state_dict(saved["model"])
-    entries, films = {"trained": (agent.make_policy, env_kwargs)} | envs.baselines("Swarm", **env_kwargs), {}
+    args = envs.load(options.model)["args"]
+    env_kwargs = {"n_agents": args["n_agents"], **args["env_kwargs"]}
+    entries = {"trained": (load_policy("ppo_swarm", options.model), env_kwargs)}
+    entries |= envs.baselines("Swarm", **env_kwargs)
+    films = {}
     for name, (make_policy, kwargs) in entries.items():
-        stats, _, _ = envs.evaluate(make_policy, "Swarm", 100, TEST_SEED, **kwargs)
+        stats = evaluate(make_policy, "Swarm", **kwargs)
         caption = f"{name}   {(stats['r'] / stats['l']).mean():.2f}"
         print(caption)
         films[caption] = film(make_policy, options, **kwargs)

@@ -11,16 +11,14 @@ held-out episodes of the end. Prints, for each line, how many runs it is, mean a
 minutes until then.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+from common import print_head, print_row, read_events
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 
 
@@ -39,8 +37,7 @@ def read(folder, tag):
 
     A run that trains on may change under our eyes; its last act is to log the baselines.
     """
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all, not a sample
-    events.Reload()
+    events = read_events(folder)
     tests = [name for name in events.Tags()["scalars"] if name.startswith("test/")]
     if not tests:
         return None
@@ -75,43 +72,54 @@ def mean_and_range(runs, column):
     return x, values.mean(0), values.min(0), values.max(0)
 
 
-def main(options):
-    groups = {}  # {arguments but the seed: (them, {seed: values}, baselines)}
+def draw(axes, label, runs, column):
+    """A line, the mean of the runs, and the range around it; the column is 0 for steps and 1 for minutes."""
+    x, mean, low, high = mean_and_range(runs, column)
+    (line,) = axes.plot(x, mean, label=label)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+
+
+def collect(options):
+    """Of each line (arguments but the seed, {seed: values}, baselines)."""
+    groups = {}
     for folder in sorted({path.parent for top in options.folders for path in top.rglob("model.pt")}):
         run = read(folder, options.tag)
         if run is None:
             print(f"not finished, left out: {folder}")
             continue
+        values, baselines = run
         args = arguments(folder)
-        seed, args = args.pop("seed"), {name: args[name] for name in args if name not in options.ignore}
-        _, seeds, _ = groups.setdefault(repr(sorted(args.items())), (args, {}, run[1]))
+        seed = args.pop("seed")
+        args = {name: args[name] for name in args if name not in options.ignore}
+        _, seeds, _ = groups.setdefault(repr(sorted(args.items())), (args, {}, baselines))
         if seed in seeds:
             raise ValueError(f"{folder}: another run has the same arguments and seed")
-        seeds[seed] = run[0]
+        seeds[seed] = values
     if not groups:
         raise ValueError("no finished run in these folders")
+    return list(groups.values())
 
+
+def main(options):
+    groups = collect(options)
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    print("| runs of | seeds | last: mean | lowest to highest | minutes |\n|---|---|---|---|---|")
-    args, runs, baselines = zip(*groups.values(), strict=True)
-    names = labels(args)
-    for label, seeds in zip(names, runs, strict=True):
-        seeds = list(seeds.values())
+    print_head("runs of", "seeds", "last: mean", "lowest to highest", "minutes")
+    names = labels([args for args, _, _ in groups])
+    for label, (_, seeds, _) in zip(names, groups, strict=True):
+        runs = list(seeds.values())
         for column, axes in enumerate(panels):
-            x, mean, low, high = mean_and_range(seeds, column)
-            (line,) = axes.plot(x, mean, label=label)
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-        _, minutes, last = np.transpose([run[-1] for run in seeds])
-        cells = [label, len(seeds), f"{last.mean():.1f}", f"{last.min():.1f} to {last.max():.1f}"]
-        print(f"| {' | '.join(map(str, cells))} | {minutes.mean():.1f} |")
+            draw(axes, label, runs, column)
+        _, minutes, last = np.transpose([run[-1] for run in runs])
+        lowest_to_highest = f"{last.min():.1f} to {last.max():.1f}"
+        print_row(label, len(runs), f"{last.mean():.1f}", lowest_to_highest, f"{minutes.mean():.1f}")
     for name in options.baselines:
-        for value in {round(each[name], 3) for each in baselines if name in each}:  # one for each world
+        for value in {round(scores[name], 3) for _, _, scores in groups if name in scores}:  # one for each world
             for axes in panels:
                 axes.axhline(value, color="gray", linestyle="--", linewidth=1)
-            panels[0].text(0.98, value, name, color="gray", ha="right", va="bottom",
-                           transform=panels[0].get_yaxis_transform())  # fmt: skip
-    agent_steps = any("n_agents" in each for each in args)
+            place = dict(ha="right", va="bottom", transform=panels[0].get_yaxis_transform())
+            panels[0].text(0.98, value, name, color="gray", **place)
+    agent_steps = any("n_agents" in args for args, _, _ in groups)
     held_out = "held-out return" if options.tag == "eval/r" else options.tag
     panels[0].margins(y=0.1)
     panels[0].set(xlim=(0, None), xlabel=f"million {'agent-' * agent_steps}steps", ylabel=options.ylabel or held_out)

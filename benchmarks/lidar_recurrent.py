@@ -13,17 +13,13 @@ For RecurrentPPO every robot is an environment of its own, all stepped by the sa
 """
 
 import argparse
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import first_reaching, median_and_range, print_head, print_row, run_and_read, seconds_at, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 from ppo_swarm_lstm import Args, torch
 
@@ -34,7 +30,8 @@ try:
 except ImportError as error:
     sys.exit(f"{error}: pip install stable-baselines3 sb3-contrib")
 
-ROUNDS, ITERATIONS = 3, 6
+ROUNDS = 3
+ITERATIONS = 6
 
 
 class Robots(VecEnv):
@@ -42,12 +39,12 @@ class Robots(VecEnv):
 
     def __init__(self, num_envs, n_agents):
         self.envs = envs.make_vec("LidarNavigation", num_envs, 0, n_agents=n_agents)
-        observation, action = self.envs.single_observation_space, self.envs.single_action_space
-        one = {"low": observation.low[0], "high": observation.high[0], "dtype": np.float32}
+        observation = self.envs.single_observation_space
+        action = self.envs.single_action_space
         super().__init__(
             num_envs * n_agents,
-            type(observation)(**one),
-            type(action)(action.low[0], action.high[0], dtype=np.float32),
+            gym.spaces.Box(observation.low[0], observation.high[0], dtype=np.float32),
+            gym.spaces.Box(action.low[0], action.high[0], dtype=np.float32),
         )
         self.goals = []  # per robot, of every episode so far
 
@@ -59,7 +56,8 @@ class Robots(VecEnv):
 
     def step_wait(self):
         observations, rewards, _, truncations, infos = self.envs.step(self.actions)
-        dones, each = np.repeat(truncations, rewards.shape[1]), [{} for _ in range(self.num_envs)]
+        dones = np.repeat(truncations, rewards.shape[1])
+        each = [{} for _ in range(self.num_envs)]  # infos
         if dones.any():
             final = infos["final_obs"].reshape(self.num_envs, -1)
             for robot in np.flatnonzero(dones):
@@ -88,7 +86,9 @@ class Watch(BaseCallback):
 
     def __init__(self, seconds=float("inf")):
         super().__init__()
-        self.seconds, self.times, self.goals = seconds, [], []
+        self.seconds = seconds
+        self.times = []
+        self.goals = []
 
     def _on_rollout_start(self):
         self.times.append(time.perf_counter())
@@ -100,33 +100,18 @@ class Watch(BaseCallback):
         return time.perf_counter() - self.times[0] < self.seconds
 
 
-def script(folder, *flags, seconds=None):
-    """Scalars of a run of ppo_swarm_lstm.py, until `seconds`: {tag: [(seconds since the first step, step, value)]}."""
-    command = [sys.executable, sys.path[0] + "/ppo_swarm_lstm.py", *flags]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=folder, **quiet) as process:
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # it ends after the iteration
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}")
-    events = EventAccumulator(str(next(Path(folder).glob("runs/*"))))
-    events.Reload()
+def script(flags, seconds=None):
+    """Events of ppo_swarm_lstm.py, stopped after `seconds`, and the wall time of its first step."""
+    events = run_and_read("ppo_swarm_lstm.py", flags, threads=None, seconds=seconds)
     first = events.Scalars("charts/SPS")[0]
-    start = first.wall_time - first.step / first.value
-    return {
-        tag: [(event.wall_time - start, event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
+    return events, first.wall_time - seconds_at(events)[first.step]
 
 
 def ours_per_second(args):
     steps = args.num_steps * args.num_envs * args.n_agents
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--total-timesteps", str(steps * (ITERATIONS + 1)), "--eval-every", str(10**12)]
-        logged = script(folder, *flags, "--eval-episodes", "1")["charts/SPS"]
-    return steps * (len(logged) - 1) / (logged[-1][0] - logged[0][0])
+    events, _ = script(f"--total-timesteps {steps * (ITERATIONS + 1)} --eval-every {10**12} --eval-episodes 1")
+    logged = [event.wall_time for event in events.Scalars("charts/SPS")]
+    return steps * (len(logged) - 1) / (logged[-1] - logged[0])
 
 
 def theirs_per_second(args):
@@ -153,30 +138,29 @@ def race(minutes, seed):
     RecurrentPPO("MlpLstmPolicy", robots, seed=seed, device="cpu").learn(10**9, callback=watch)
     best = max(watch.goals)
     seconds = watch.times[watch.goals.index(best)] - watch.times[0]
-    with tempfile.TemporaryDirectory() as folder:
-        goals = script(folder, "--seed", str(seed), seconds=12 * minutes)["episode/goals"]
-    ours = next((passed for passed, _, value in goals if value >= best), float("inf"))
-    print(f"| {seed} | {best:.2f} | {seconds:.0f} | {ours:.0f} | {seconds / ours:.0f} |", flush=True)
+    events, start = script(f"--seed {seed}", seconds=12 * minutes)
+    hit = first_reaching(events, "episode/goals", best)
+    ours = hit.wall_time - start if hit else float("inf")
+    print_row(seed, f"{best:.2f}", f"{seconds:.0f}", f"{ours:.0f}", f"{seconds / ours:.0f}")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of RecurrentPPO with its own defaults")
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
     options = parser.parse_args()
     args = Args()
-    pairs = [(ours_per_second(args), theirs_per_second(args)) for _ in range(ROUNDS)]
-    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    ratios = sorted(a / b for a, b in pairs)
+    rates = take_turns({"ours": lambda: ours_per_second(args), "theirs": lambda: theirs_per_second(args)}, ROUNDS)
+    ratios = np.divide(rates["ours"], rates["theirs"])
     print(f"{torch.get_num_threads()} torch threads; agent-steps/s of the whole training, medians of {ROUNDS} rounds\n")
-    print("| ppo_swarm_lstm.py | RecurrentPPO, same shapes | ratio (lowest to highest) |\n|---|---|---|")
-    print(
-        f"| {ours:,.0f} | {theirs:,.0f} | {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |",
-        flush=True,
-    )
+    print_head("ppo_swarm_lstm.py", "RecurrentPPO, same shapes", "ratio (lowest to highest)")
+    print_row(f"{np.median(rates['ours']):,.0f}", f"{np.median(rates['theirs']):,.0f}", median_and_range(ratios))
     if options.minutes:
         print(f"\nRecurrentPPO with its defaults, {options.minutes:g} minutes\n")
-        print("| seed | goals per robot | after s | ppo_swarm_lstm.py had as many after s | times sooner |")
-        print("|---" * 5 + "|")
+        print_head("seed", "goals per robot", "after s", "ppo_swarm_lstm.py had as many after s", "times sooner")
         for seed in options.seeds:
             race(options.minutes, seed)
+
+
+if __name__ == "__main__":
+    main()

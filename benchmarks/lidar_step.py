@@ -12,19 +12,11 @@ have 50 arenas, as many robots in all, and once one, where Python's share of a s
 """
 
 import math
-import os
-import statistics
-import sys
-import time
 
 import numpy as np
+from common import median_and_range, step_sizes
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import envs
-
-ROUNDS = 5
 EPISODE = 500
-AGENT_STEPS = 500_000  # at least so many of each size in a round
 
 
 def arena(n_agents, num_envs):
@@ -44,50 +36,15 @@ SIZES = {
 }
 
 
-def agent_steps_per_second(vector, actions):
-    num_envs, n_agents, _ = vector.action_space.shape
-    episodes = math.ceil(AGENT_STEPS / (num_envs * n_agents * EPISODE))
-    ended = 0
-    start = time.perf_counter()
-    for step in range(episodes * EPISODE):
-        _, _, _, truncations, _ = vector.step(actions[step % len(actions)])
-        ended += truncations[0]
-    elapsed = time.perf_counter() - start
-    assert ended == episodes, "the resets have to be in the time"
-    return episodes * EPISODE * num_envs * n_agents / elapsed
-
-
 def main():
-    rng = np.random.default_rng(0)
-    vectors, actions, speeds = {}, {}, {name: [] for name in SIZES}
-    for name, arguments in SIZES.items():
-        vectors[name] = envs.make_vec("LidarNavigation", num_workers=0, max_steps=EPISODE, **arguments)
-        vectors[name].reset(seed=0)
-        actions[name] = rng.uniform(-1.0, 1.0, (8, *vectors[name].action_space.shape)).astype(np.float32)
-        vectors[name].step(actions[name][0])  # compiles
-        vectors[name].reset(seed=0)
-    for _ in range(ROUNDS):
-        for name, vector in vectors.items():
-            speeds[name].append(agent_steps_per_second(vector, actions[name]))
-
-    print("| LidarNavigation, one thread | M agent-steps/s | smallest to largest | us per step |\n|---|---|---|---|")
-    for name, vector in vectors.items():
-        median, agents = statistics.median(speeds[name]), math.prod(vector.action_space.shape[:2])
-        print(
-            f"| {name} | {median / 1e6:.2f} | {min(speeds[name]) / 1e6:.2f} to {max(speeds[name]) / 1e6:.2f} "
-            f"| {1e6 * agents / median:.1f} |"
-        )
-    print()
+    speeds = step_sizes("LidarNavigation", SIZES, EPISODE)
     for large, small in (
         ("1,000 robots", "20 robots"),
         ("1,000 robots", "20 robots x 50 envs"),
         ("10,000 robots", "20 robots x 50 envs"),
     ):
-        ratios = sorted(b / a for a, b in zip(speeds[large], speeds[small], strict=True))
-        print(
-            f"cost per agent-step, {large} over {small}: {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+        ratios = np.divide(speeds[small], speeds[large])
+        print(f"cost per agent-step, {large} over {small}: {median_and_range(ratios, 2)}")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ which step they end. Other policies: `fidelity(name, policy)` takes any function
 
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from common import heuristic, load_policy, print_head, print_row, succeeded
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 
-EPISODES, SIDE_BY_SIDE = 1000, 200
+EPISODES = 1000
+SIDE_BY_SIDE = 200
 METRICS = ("success", "landed", "crashed")
 
 
@@ -36,26 +35,9 @@ def nothing(observations):
     return np.zeros(len(observations), np.int64)
 
 
-def heuristic(observations):
-    """gymnasium.envs.box2d.lunar_lander.heuristic, for a whole batch."""
-    x, y, vx, vy, angle, spin, left, right = observations.T
-    turn = (np.clip(0.5 * x + vx, -0.4, 0.4) - angle) * 0.5 - spin
-    climb = (0.55 * np.abs(x) - y) * 0.5 - vy * 0.5
-    down = (left > 0) | (right > 0)
-    turn, climb = np.where(down, 0.0, turn), np.where(down, -0.5 * vy, climb)
-    side = np.where(turn < -0.05, 3, np.where(turn > 0.05, 1, 0))
-    return np.where((climb > np.abs(turn)) & (climb > 0.05), 2, side)
-
-
 def trained(path):
-    """The greedy policy that a GRPO script has saved; the three have the same network."""
-    from grpo_perstep import Agent, Args
-
-    saved = envs.load(path)
-    args = Args(**{name: value for name, value in saved["args"].items() if name in Args.__dataclass_fields__})
-    agent = Agent(args, envs.make_vec("LunarLander", 1, 0))
-    agent.load_state_dict(saved["model"])
-    act = agent.make_policy(None)
+    """The greedy policy that a GRPO script has saved."""
+    act = load_policy("grpo_perstep", path)(None)
     return lambda observations: act(observations, {})
 
 
@@ -65,33 +47,36 @@ def on_box2d(policy, episodes, **env_kwargs):
     rows = []
     for seed in range(episodes):
         observation, _ = env.reset(seed=seed)
-        total, length, ended = 0.0, 0, False
+        total = 0.0
+        length = 0
+        ended = False
         while not ended:
             observation, reward, terminated, truncated, _ = env.step(policy(observation[None])[0])
-            total, length, ended = total + reward, length + 1, terminated or truncated
-        speed, legs = math.hypot(*observation[2:4]), observation[6] + observation[7]
-        success = legs == 2 and speed < 0.1 and abs(observation[0]) < 0.2
-        rows.append((total, length, success, not env.unwrapped.lander.awake, env.unwrapped.game_over))
+            total += reward
+            length += 1
+            ended = terminated or truncated
+        landed = not env.unwrapped.lander.awake
+        rows.append((total, length, succeeded(observation[None])[0], landed, env.unwrapped.game_over))
     return dict(zip(("r", "l", *METRICS), np.array(rows, float).T, strict=True))
 
 
 def on_ours(policy, episodes, seed=0, **env_kwargs):
-    return envs.evaluate(lambda _: lambda observations, infos: policy(observations), "LunarLander", episodes, seed,
-                         **env_kwargs)[0]  # fmt: skip
+    def make_policy(_):
+        return lambda observations, infos: policy(observations)
+
+    stats, _, _ = envs.evaluate(make_policy, "LunarLander", episodes, seed, **env_kwargs)
+    return stats
 
 
 def fidelity(name, policy, episodes=EPISODES, **env_kwargs):
     """Two rows of the table: the policy on Box2D and on ours."""
-    for where, stats in (
-        ("Box2D", on_box2d(policy, episodes, **env_kwargs)),
-        ("ours", on_ours(policy, episodes, **env_kwargs)),
-    ):
+    worlds = {"Box2D": on_box2d, "ours": on_ours}
+    for where, fly in worlds.items():
+        stats = fly(policy, episodes, **env_kwargs)
         error = stats["r"].std() / math.sqrt(episodes)
-        shares = " | ".join(f"{100 * share:.1f}%" for share in [np.mean(stats["r"] >= 200)] + [
-            stats[metric].mean() for metric in METRICS
-        ])  # fmt: skip
-        print(f"| {name} | {where} | {stats['r'].mean():.1f} +- {error:.1f} | {stats['l'].mean():.1f} | {shares} |",
-              flush=True)  # fmt: skip
+        shares = [np.mean(stats["r"] >= 200)] + [stats[metric].mean() for metric in METRICS]
+        cells = [f"{stats['r'].mean():.1f} +- {error:.1f}", f"{stats['l'].mean():.1f}"]
+        print_row(name, where, *cells, *(f"{100 * share:.1f}%" for share in shares))
 
 
 class Replay:
@@ -101,7 +86,8 @@ class Replay:
         self.rng = rng.reshape(1, 2).copy()
 
     def uniform(self, low, high, size=()):
-        return np.array([envs._uniform(self.rng, 0, low, high) for _ in range(math.prod(size))]).reshape(size)[()]
+        draws = [envs._uniform(self.rng, 0, low, high) for _ in range(math.prod(size))]
+        return np.array(draws).reshape(size)[()]
 
     def integers(self, low, high):
         return math.floor(envs._uniform(self.rng, 0, float(low), float(high)))
@@ -109,34 +95,50 @@ class Replay:
 
 def side_by_side(name, policy, episodes=SIDE_BY_SIDE, **env_kwargs):
     """A row of the second table: the same episodes on both, with the same draws and actions."""
-    ours, box2d = envs.make_vec("LunarLander", 1, 0, **env_kwargs), gym.make("LunarLander-v3", **env_kwargs)
+    ours = envs.make_vec("LunarLander", 1, 0, **env_kwargs)
+    box2d = gym.make("LunarLander-v3", **env_kwargs)
     ours.reset(seed=0)
     box2d.reset(seed=0)
-    flights, exact, same_end, returns = [], 0, 0, []
+    flights = []  # the largest difference of observations up to the first touch
+    returns = []  # differences of the returns, where the episode ended on both
+    exact = 0  # episodes without any difference
+    same_end = 0
     for _ in range(episodes):
         box2d.unwrapped.np_random = Replay(ours.state.rng)
         observation = box2d.reset()[0]
-        gaps, ended, touched, total = [np.abs(ours.reset()[0][0] - observation).max()], False, False, 0.0
-        flight = gaps[0]
+        gap = np.abs(ours.reset()[0][0] - observation).max()
+        flight = gap  # the largest gap in flight
+        largest = gap
+        total = 0.0
+        ended = False
+        touched = False
         while not ended:
             action = policy(observation[None])
             observation, reward, terminated, truncated, _ = box2d.step(action[0])
             following, _, terminations, truncations, infos = ours.step(action)
-            total, ended = total + reward, terminated or truncated
+            total += reward
+            ended = terminated or truncated
             our_end = terminations[0] or truncations[0]
-            gaps.append(np.abs((infos["final_obs"] if our_end else following)[0] - observation).max())
+            gap = np.abs((infos["final_obs"] if our_end else following)[0] - observation).max()
+            largest = max(largest, gap)
             touched = touched or observation[6] + observation[7] > 0 or box2d.unwrapped.game_over
             if not touched:
-                flight = max(flight, gaps[-1])
+                flight = max(flight, gap)
             if ended != our_end:
                 break
         else:
             same_end += terminated == terminations[0]
             returns.append(abs(infos["episode"]["r"][0] - total))
         flights.append(flight)
-        exact += max(gaps) == 0
-    print(f"| {name} | {np.median(flights):.1e} | {max(flights):.1e} | {100 * same_end / episodes:.1f}% "
-          f"| {100 * exact / episodes:.1f}% | {np.median(returns):.1e} |", flush=True)  # fmt: skip
+        exact += largest == 0
+    print_row(
+        name,
+        f"{np.median(flights):.1e}",
+        f"{max(flights):.1e}",
+        f"{100 * same_end / episodes:.1f}%",
+        f"{100 * exact / episodes:.1f}%",
+        f"{np.median(returns):.1e}",
+    )
 
 
 def main():
@@ -146,14 +148,13 @@ def main():
     policies = {"random": random(), "nothing": nothing, "heuristic": heuristic}
     if options.model:
         policies["trained"] = trained(options.model)
-    print(f"{EPISODES} episodes each\n\n| policy | on | return | length | >= 200 | success | landed | crashed |")
-    print("|---" * 8 + "|")
+    print(f"{EPISODES} episodes each\n")
+    print_head("policy", "on", "return", "length", ">= 200", "success", "landed", "crashed")
     for name, policy in policies.items():
         fidelity(name, policy)
     fidelity("heuristic, wind", heuristic, enable_wind=True)
     print(f"\n{SIDE_BY_SIDE} episodes side by side with the same draws; differences of observations and of returns\n")
-    print("| policy | flight, median | flight, largest | same end | equal to the last bit | returns, median |")
-    print("|---" * 6 + "|")
+    print_head("policy", "flight, median", "flight, largest", "same end", "equal to the last bit", "returns, median")
     for name, policy in policies.items():
         side_by_side(name, policy)
     side_by_side("heuristic, wind", heuristic, enable_wind=True)

@@ -12,33 +12,18 @@ the same policy.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import heuristic, print_head, print_row, take_turns
 
 ROUNDS = 5
-STEPS = {"ours": 400_000, "EnvPool": 60_000, "Gymnasium": 20_000}  # of each contestant in a round, all envs together,
+STEPS = {"ours": 400_000, "EnvPool": 60_000, "Gymnasium": 20_000}  # of a contestant in a round, all envs together,
 EPISODE = 300  # but at least so many of each environment: whole episodes, with landing and reset
-
-
-def heuristic(observations):
-    """Of lunar_lander_fidelity.py, here again because EnvPool's interpreter may lack what that file imports."""
-    x, y, vx, vy, angle, spin, left, right = observations.T
-    turn = (np.clip(0.5 * x + vx, -0.4, 0.4) - angle) * 0.5 - spin
-    climb = (0.55 * np.abs(x) - y) * 0.5 - vy * 0.5
-    down = (left > 0) | (right > 0)
-    turn, climb = np.where(down, 0.0, turn), np.where(down, -0.5 * vy, climb)
-    side = np.where(turn < -0.05, 3, np.where(turn > 0.05, 1, 0))
-    return np.where((climb > np.abs(turn)) & (climb > 0.05), 2, side)
 
 
 def random(rng, observations):
@@ -64,7 +49,8 @@ def load_policies(path):
 
 def steps_per_second(vector, num_envs, policy, steps):
     observations, _ = vector.reset()
-    spent, total = 0.0, max(steps // num_envs, EPISODE)
+    total = max(steps // num_envs, EPISODE)
+    spent = 0.0
     for _ in range(total):
         actions = policy(observations)
         start = time.perf_counter()
@@ -96,11 +82,12 @@ def serve_envpool(path):
     """In EnvPool's interpreter: one measurement for every line that comes in."""
     import envpool
 
-    vectors, policies = {}, load_policies(path)
+    policies = load_policies(path)
+    vectors = {}
     print("ready", flush=True)
     for line in sys.stdin:
-        policy, num_envs = line.split()
-        num_envs = int(num_envs)
+        policy, number = line.split()
+        num_envs = int(number)
         if num_envs not in vectors:
             vectors[num_envs] = envpool.make_gymnasium("LunarLander-v3", num_envs=num_envs, num_threads=1, seed=0)
         print(steps_per_second(vectors[num_envs], num_envs, policies[policy], STEPS["EnvPool"]), flush=True)
@@ -116,36 +103,37 @@ def main(interpreter, model, path):
     pool = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with_envpool = pool.stdout.readline() == "ready\n"
 
-    def envpool(policy, num_envs):
+    def in_envpool(policy, num_envs):
         print(policy, num_envs, file=pool.stdin, flush=True)
         return float(pool.stdout.readline())
 
-    contestants, single = {}, Single()
+    ours = {}
     for num_envs in (32, 1024):
-        ours = envs.make_vec("LunarLander", num_envs, num_workers=0)
-        ours.reset(seed=0)
-        ours.step(np.zeros(num_envs, int))  # compiles
-        contestants["ours", num_envs] = lambda policy, n=num_envs, ours=ours: steps_per_second(
-            ours, n, policies[policy], STEPS["ours"]
-        )
-    if with_envpool:
-        for num_envs in (32, 1024):
-            contestants["EnvPool", num_envs] = lambda policy, n=num_envs: envpool(policy, n)
-    contestants["Gymnasium", 1] = lambda policy: steps_per_second(single, 1, policies[policy], STEPS["Gymnasium"])
-    speeds = {(name, policy): [] for policy in policies for name in contestants}
-    for _ in range(ROUNDS):
-        for name, policy in speeds:
-            speeds[name, policy].append(contestants[name](policy))
+        ours[num_envs] = envs.make_vec("LunarLander", num_envs, num_workers=0)
+        ours[num_envs].reset(seed=0)
+        ours[num_envs].step(np.zeros(num_envs, int))  # compiles
+    single = Single()
+    contestants = {}
+    for name, policy in policies.items():
+        for num_envs, vector in ours.items():
+            measure = partial(steps_per_second, vector, num_envs, policy, STEPS["ours"])
+            contestants[name, "ours", num_envs] = measure
+        for num_envs in ours if with_envpool else ():
+            contestants[name, "EnvPool", num_envs] = partial(in_envpool, name, num_envs)
+        contestants[name, "Gymnasium", 1] = partial(steps_per_second, single, 1, policy, STEPS["Gymnasium"])
+    speeds = take_turns(contestants, ROUNDS)
 
-    print("| policy | | envs | k steps/s | smallest to largest | x EnvPool, same number of envs | x Gymnasium |")
-    print("|---" * 7 + "|")
-    for (name, policy), values in speeds.items():
-        columns = []
-        for other in (("EnvPool", name[1]), ("Gymnasium", 1)):
-            ratios = [a / b for a, b in zip(values, speeds.get((other, policy), ()), strict=False)]
-            columns.append(f"{statistics.median(ratios):.1f}" if ratios and name[0] == "ours" else "")
-        median, low, high = (1e-3 * f(values) for f in (statistics.median, min, max))
-        print(f"| {policy} | {name[0]} | {name[1]} | {median:.1f} | {low:.1f} to {high:.1f} | {' | '.join(columns)} |")
+    print_head(
+        "policy", "", "envs", "k steps/s", "smallest to largest", "x EnvPool, same number of envs", "x Gymnasium"
+    )
+    for (name, who, num_envs), values in speeds.items():
+        ratios = ["", ""]
+        for place, other in enumerate([(name, "EnvPool", num_envs), (name, "Gymnasium", 1)]):
+            if who == "ours" and other in speeds:
+                ratios[place] = f"{np.median(np.divide(values, speeds[other])):.1f}"
+        thousands = np.divide(values, 1e3)
+        lowest_to_highest = f"{thousands.min():.1f} to {thousands.max():.1f}"
+        print_row(name, who, num_envs, f"{np.median(thousands):.1f}", lowest_to_highest, *ratios)
     pool.stdin.close()
     pool.wait()
 

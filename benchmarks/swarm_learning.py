@@ -9,12 +9,6 @@ policies trained with 10 agents, run with 100 and 1,000 at the same density. Min
 A run that is already complete under --folder is not trained again.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -22,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from common import EPISODES, evaluate, load_policy, print_head, print_row, spread, train, two_at_once
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-from ppo_swarm import TEST_SEED, VALIDATION_SEED, Agent, Args, load
 
-EPISODES = 100
+SIZES = (10, 100, 1000)  # agents, that policies trained with 10 are run with
 
 
 @dataclass
@@ -39,34 +32,14 @@ class Options:
     critics: tuple[str, ...] = ("local", "central")
 
 
-def train(options, n_agents, policy, critic, count_self, seed):
-    """The folder of the finished run; `minutes` in it holds its wall time."""
-    cwd = options.folder / f"{n_agents}-{policy}-{critic}-{count_self}-{seed}"
-    if not (cwd / "minutes").exists():
-        shutil.rmtree(cwd, ignore_errors=True)  # half a run: its wall time is lost
-        cwd.mkdir(parents=True)
-        command = [sys.executable, sys.path[0] + "/ppo_swarm.py", "--n-agents", n_agents, "--policy", policy]
-        command += ["--critic", critic, "--seed", seed] + ["--env-kwargs", "count_self", "True"] * count_self
-        start = time.time()
-        with open(cwd / "log", "w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(map(str, command), cwd=cwd, env=environment, stdout=log, stderr=log, check=True)
-        (cwd / "minutes").write_text(str((time.time() - start) / 60))
-    return cwd
-
-
-def per_step(make_policy, num_episodes=EPISODES, seed=TEST_SEED, **env_kwargs):
+def per_step(make_policy, num_episodes=EPISODES, seed=None, **env_kwargs):
     """Mean reward per agent-step and mean polar order."""
-    stats, _, _ = envs.evaluate(make_policy, "Swarm", num_episodes, seed, **env_kwargs)
+    stats = evaluate(make_policy, "Swarm", num_episodes, seed, **env_kwargs)
     return np.array([(stats["r"] / stats["l"]).mean(), stats["polar_order"].mean()])
 
 
-def trained(cwd, **env_kwargs):
-    """make_policy of the model in a run's folder."""
-    saved = load(next(cwd.glob("runs/*/model.pt")))
-    agent = Agent(Args(**saved["args"]), envs.make_vec("Swarm", 1, 0, **env_kwargs))
-    agent.load_state_dict(saved["model"])
-    return agent.make_policy
+def trained(run):
+    return load_policy("ppo_swarm", run.path / "model.pt")
 
 
 def tuned_vicsek(**env_kwargs):
@@ -77,61 +50,64 @@ def tuned_vicsek(**env_kwargs):
         for radius in (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
         for noise in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
     ]
-    best = max(grid, key=lambda policy: per_step(policy, seed=VALIDATION_SEED, **env_kwargs)[0])
+    best = max(grid, key=lambda policy: per_step(policy, seed=envs.VALIDATION_SEED, **env_kwargs)[0])
     return per_step(best, **env_kwargs), f"radius {best.keywords['radius']:g}, noise {best.keywords['noise']:g}"
 
 
-def spread(values):
-    return f"{np.mean(values):.3f} +- {np.std(values):.3f}"
-
-
 def main(options):
+    def run(n_agents, policy, critic, count_self, seed):
+        flags = f"--n-agents {n_agents} --policy {policy} --critic {critic} --seed {seed}"
+        if count_self:
+            flags += " --env-kwargs count_self True"
+        return train("ppo_swarm.py", flags, options.folder / f"{n_agents}-{policy}-{critic}-{count_self}-{seed}")
+
     settings = list(product(options.n_agents, options.policies, options.critics, (False,)))
-    settings += [(40, "mlp", "local", True)] if 40 in options.n_agents else []
-    with ThreadPoolExecutor(2) as pool:
-        folders = {
-            (*setting, seed): pool.submit(train, options, *setting, seed)
-            for setting, seed in product(settings, options.seeds)
-        }
-    folders = {key: future.result() for key, future in folders.items()}
+    if 40 in options.n_agents:
+        settings.append((40, "mlp", "local", True))
+    runs = two_at_once(run, [(*setting, seed) for setting in settings for seed in options.seeds])
 
     print(f"\nReward per agent-step on {EPISODES} held-out episodes; mean +- std over seeds {options.seeds}\n")
-    columns = (
-        "agents | own cohesion | policy | critic | trained | worst seed | polar order | minutes | tuned Vicsek | random"
-    )
-    print(f"| {columns} |\n{'|---' * 10}|")
+    heads = "agents, own cohesion, policy, critic, trained, worst seed, polar order, minutes, tuned Vicsek, random"
+    print_head(*heads.split(", "))
     baselines = {}
     for n_agents, policy, critic, count_self in settings:
         env_kwargs = dict(n_agents=n_agents, count_self=count_self)
         if (n_agents, count_self) not in baselines:
             (vicsek, _), best = tuned_vicsek(**env_kwargs)
-            random = per_step(envs.random_policy, **env_kwargs)[0]
-            baselines[n_agents, count_self] = f"{vicsek:.3f} ({best}) | {random:.3f}"
-        runs = [folders[n_agents, policy, critic, count_self, seed] for seed in options.seeds]
-        scores, orders = np.transpose([per_step(trained(run, **env_kwargs), **env_kwargs) for run in runs])
-        minutes = np.mean([float((run / "minutes").read_text()) for run in runs])
-        row = [n_agents, "counted" if count_self else "no", policy, critic, spread(scores), f"{scores.min():.3f}"]
-        row += [spread(orders), f"{minutes:.1f}", baselines[n_agents, count_self]]
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
+            random, _ = per_step(envs.random_policy, **env_kwargs)
+            baselines[n_agents, count_self] = (f"{vicsek:.3f} ({best})", f"{random:.3f}")
+        mine = [runs[n_agents, policy, critic, count_self, seed] for seed in options.seeds]
+        scores, orders = np.transpose([per_step(trained(run), **env_kwargs) for run in mine])
+        print_row(
+            n_agents,
+            "counted" if count_self else "no",
+            policy,
+            critic,
+            spread(scores, 3),
+            f"{scores.min():.3f}",
+            spread(orders, 3),
+            f"{np.mean([run.minutes for run in mine]):.1f}",
+            *baselines[n_agents, count_self],
+        )
 
     print(
         "\nTrained with 10 agents, run with more at the same density: reward per agent-step, polar order; 20 episodes\n"
     )
-    print("| policy | critic | 10 | 100 | 1,000 |\n|---|---|---|---|---|")
-    sizes = (10, 100, 1000)
+    print_head("policy", "critic", *(f"{n_agents:,}" for n_agents in SIZES))
     for policy, critic in product(options.policies, options.critics):
         cells = []
-        for n_agents in sizes:
-            runs = [folders[10, policy, critic, False, seed] for seed in options.seeds]
-            scores = [per_step(trained(run, n_agents=10), 20, n_agents=n_agents) for run in runs]
-            cells.append(", ".join(spread(column) for column in np.transpose(scores)))
-        print(f"| {policy} | {critic} | {' | '.join(cells)} |", flush=True)
+        for n_agents in SIZES:
+            mine = [runs[10, policy, critic, False, seed] for seed in options.seeds]
+            scores, orders = np.transpose([per_step(trained(run), 20, n_agents=n_agents) for run in mine])
+            cells.append(f"{spread(scores, 3)}, {spread(orders, 3)}")
+        print_row(policy, critic, *cells)
     for name in ("vicsek", "random"):
         cells = []
-        for n_agents in sizes:
+        for n_agents in SIZES:
             make_policy, env_kwargs = envs.baselines("Swarm", n_agents=n_agents)[name]
-            cells.append(", ".join(f"{value:.3f}" for value in per_step(make_policy, 20, **env_kwargs)))
-        print(f"| {name} | | {' | '.join(cells)} |", flush=True)
+            score, order = per_step(make_policy, 20, **env_kwargs)
+            cells.append(f"{score:.3f}, {order:.3f}")
+        print_row(name, "", *cells)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ slows both. Printed are the medians over the rounds, and the smallest and larges
 """
 
 import multiprocessing
-import statistics
-import sys
 import time
+from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from common import take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 
 
@@ -30,8 +28,8 @@ class Nothing(envs.NativeVectorEnv):
     """An environment whose step is empty: what is left is the hand-over."""
 
     def __init__(self, num_envs, render_mode=None, first_env=0):
-        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
-        super().__init__(num_envs, observation_space, action_space, render_mode, first_env)
+        space = gym.spaces.Box(-1, 1, (1,))  # of observations and of actions
+        super().__init__(num_envs, space, space, render_mode, first_env)
 
     def reset(self, *, seed=None, options=None):
         self.started = True
@@ -47,7 +45,8 @@ def nothing(_):
 
 def stepper(vector):
     """A function that steps, with random actions and whatever that costs left out."""
-    rng, space = np.random.default_rng(0), vector.single_action_space
+    rng = np.random.default_rng(0)
+    space = vector.single_action_space
     if isinstance(space, gym.spaces.Discrete):
         actions = rng.integers(0, space.n, (64, vector.num_envs))
     else:
@@ -67,13 +66,18 @@ def seconds(function, times):
 
 def compare(name, ours, theirs, rounds=9):
     """Print how many times faster `ours` is than `theirs`; each is (label, function, calls in a round)."""
-    for _, function, times in (ours, theirs):
-        seconds(function, 1 + times // 10)
-    measured = [(seconds(*ours[1:]), seconds(*theirs[1:])) for _ in range(rounds)]
-    ratios = [b / a for a, b in measured]
-    a, b = (1e6 * statistics.median(side) for side in zip(*measured, strict=True))
-    spread = f"{statistics.median(ratios):6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{name:<34} {ours[0]} {a:8.1f} us   {theirs[0]:>10} {b:8.1f} us   {spread}", flush=True)
+    contestants = {}
+    for label, function, times in (ours, theirs):
+        seconds(function, 1 + times // 10)  # warms up
+        contestants[label] = partial(seconds, function, times)
+    measured = take_turns(contestants, rounds)
+    our_seconds, their_seconds = measured.values()
+    ratios = np.divide(their_seconds, our_seconds)
+    spread = f"{np.median(ratios):6.2f}x  ({ratios.min():.2f} to {ratios.max():.2f})"
+    sides = (
+        f"{ours[0]} {1e6 * np.median(our_seconds):8.1f} us   {theirs[0]:>10} {1e6 * np.median(their_seconds):8.1f} us"
+    )
+    print(f"{name:<34} {sides}   {spread}", flush=True)
 
 
 def hand_over():
@@ -81,7 +85,8 @@ def hand_over():
     vector = envs.make_vec("Nothing", 2, num_workers=2)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         ours = ("2 workers", stepper(vector), 4000)
-        compare("1. empty step", ours, ("Pool.map", lambda: pool.map(nothing, (0, 1), chunksize=1), 1000))
+        theirs = ("Pool.map", lambda: pool.map(nothing, (0, 1), chunksize=1), 1000)
+        compare("1. empty step", ours, theirs)
     vector.close()
 
 
@@ -102,9 +107,11 @@ def lunar_lander():
 
 def swarm(num_envs, n_agents):
     agents = num_envs * n_agents
-    pooled, alone = (envs.make_vec("Swarm", num_envs, workers, n_agents=n_agents) for workers in (2, 0))
+    pooled = envs.make_vec("Swarm", num_envs, 2, n_agents=n_agents)
+    alone = envs.make_vec("Swarm", num_envs, 0, n_agents=n_agents)
     times = max(5, 50_000 // agents)
-    ours, theirs = ("2 workers", stepper(pooled), times), ("none", stepper(alone), times)
+    ours = ("2 workers", stepper(pooled), times)
+    theirs = ("none", stepper(alone), times)
     compare(f"3. Swarm, {num_envs} x {n_agents} = {agents} agents", ours, theirs)
     pooled.close()
     alone.close()

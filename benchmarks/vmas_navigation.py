@@ -11,16 +11,14 @@ The table has the median over the rounds in thousand agent-steps/s, and the medi
 and largest value.
 """
 
-import math
-import statistics
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
+from common import agent_steps_per_second, median_and_range, print_head, print_row, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 
 try:
@@ -36,16 +34,8 @@ SIZES = [(3, 32), (10, 32), (10, 4096), (50, 32)]  # agents, environments
 
 
 def our_speed(vector, actions):
-    num_envs, n_agents, _ = vector.action_space.shape
-    steps = EPISODE * math.ceil(OUR_AGENT_STEPS / (num_envs * n_agents * EPISODE))
-    ended = 0
-    start = time.perf_counter()
-    for step in range(steps):
-        _, _, terminations, truncations, _ = vector.step(actions[step % len(actions)])
-        ended += (terminations | truncations).sum()
-    elapsed = time.perf_counter() - start
-    assert ended >= num_envs * (steps // EPISODE), "the resets have to be in the time"
-    return steps * num_envs * n_agents / elapsed
+    vector.reset(seed=0)
+    return agent_steps_per_second(vector, actions, EPISODE, OUR_AGENT_STEPS)
 
 
 def their_speed(world, actions):
@@ -60,8 +50,8 @@ def their_speed(world, actions):
 def main():
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    print("| VMAS navigation, one thread | VmasNavigation, k agent-steps/s | VMAS | ratio (lowest to highest) |")
-    print("|---|---|---|---|")
+    heads = ["VmasNavigation, k agent-steps/s", "VMAS", "ratio (lowest to highest)"]
+    print_head("VMAS navigation, one thread", *heads)
     for n_agents, num_envs in SIZES:
         actions = rng.uniform(-1, 1, (8, num_envs, n_agents, 2)).astype(np.float32)
         their_actions = [[torch.tensor(action[:, i]) for i in range(n_agents)] for action in actions]
@@ -71,17 +61,15 @@ def main():
         vector.reset(seed=0)
         vector.step(actions[0])  # compiles
         world.step(their_actions[0])
-        measured = []
-        for _ in range(ROUNDS):
-            vector.reset(seed=0)
-            measured.append((our_speed(vector, actions), their_speed(world, their_actions)))
-        ours, theirs = (statistics.median(side) / 1e3 for side in zip(*measured, strict=True))
-        ratios = [ours / theirs for ours, theirs in measured]
-        print(
-            f"| {n_agents} agents x {num_envs:,} envs | {ours:,.0f} | {theirs:.1f} "
-            f"| {statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f}) |",
-            flush=True,
-        )
+        contestants = {
+            "ours": partial(our_speed, vector, actions),
+            "theirs": partial(their_speed, world, their_actions),
+        }
+        speeds = take_turns(contestants, ROUNDS)
+        ours = np.median(speeds["ours"]) / 1e3
+        theirs = np.median(speeds["theirs"]) / 1e3
+        ratio = median_and_range(np.divide(speeds["ours"], speeds["theirs"]), 0)
+        print_row(f"{n_agents} agents x {num_envs:,} envs", f"{ours:,.0f}", f"{theirs:.1f}", ratio)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,11 @@ try:
 except ImportError as error:
     sys.exit(f"{error}: pip install vmas==1.5.2 torchrl==0.14.1 tensordict==0.14.3")
 
-AGENTS, ENVS, STEPS, EPOCHS, MINIBATCH = 3, 60, 100, 30, 400
+AGENTS = 3
+ENVS = 60
+STEPS = 100
+EPOCHS = 30
+MINIBATCH = 400
 
 
 def make_env(seed):
@@ -83,7 +87,8 @@ def main():
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
 
     print("seconds  team steps  episode return")
-    start, steps = time.perf_counter(), 0
+    start = time.perf_counter()
+    steps = 0
     for batch in collector:
         steps += batch.numel()
         for name, key in done_keys.items():  # what ends a team's episode ends that of each of its agents

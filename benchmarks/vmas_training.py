@@ -11,18 +11,16 @@ means over the seeds, and from seed to seed.
 """
 
 import argparse
-import math
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import ROOT, print_head, print_row, run_and_read, seconds_at
 
 TARGET = 2.9
-ROOT = Path(__file__).resolve().parent.parent
+TORCHRL = "TorchRL's tutorial"
 FLAGS = (
     "--env-id VmasNavigation --n-agents 3 --num-envs 60 --num-steps 100 --init-logstd -0.7 --learning-rate 7e-4 "
     "--num-minibatches 10 --update-epochs 20 --total-timesteps 3000000"
@@ -35,24 +33,28 @@ CRITICS = {
 }
 
 
+class Curve(NamedTuple):
+    seconds: list[float]
+    returns: list[float]
+    held_out: float = float("nan")  # return of the best policy at the end
+
+
 def ours(critic, seed):
-    """[(seconds, return)] of the iterations, and the held-out return."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"{FLAGS} {CRITICS[critic]} --seed {seed}".split()
-        command = [sys.executable, ROOT / "ppo_swarm.py", *flags]
-        output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
-        events = EventAccumulator(str(next(Path(folder).glob("runs/*"))))
-        events.Reload()
-        rates = {event.step: event.step / event.value for event in events.Scalars("charts/SPS")}  # seconds
-        curve = [(rates[event.step], event.value) for event in events.Scalars("charts/episodic_return")]
-    return curve, float(re.search(r"\| ppo_swarm \| (-?[\d.]+)", output)[1])
+    events = run_and_read("ppo_swarm.py", f"{FLAGS} {CRITICS[critic]} --seed {seed}", threads=None)
+    seconds = seconds_at(events)
+    curve = events.Scalars("charts/episodic_return")
+    return Curve(
+        [seconds[event.step] for event in curve],
+        [event.value for event in curve],
+        events.Scalars("test/ppo_swarm")[-1].value,
+    )
 
 
 def torchrl(interpreter, seconds, seed):
     command = [interpreter, ROOT / "benchmarks/vmas_torchrl.py", "--seconds", str(seconds), "--seed", str(seed)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in output.splitlines() if re.match(r"\s+\d", line)]
-    return [(float(row[0]), float(row[2])) for row in rows], float("nan")
+    return Curve([float(row[0]) for row in rows], [float(row[2]) for row in rows])
 
 
 def main():
@@ -63,23 +65,24 @@ def main():
     for flags in CRITICS.values():
         print(f"    python ppo_swarm.py {FLAGS} {flags} --seed S")
     print()
-    print(f"| what | seed | seconds to {TARGET} | seconds in all | return at the end | held-out |")
-    print("|---" * 6 + "|")
-    times = {}  # of every seed
+    print_head("what", "seed", f"seconds to {TARGET}", "seconds in all", "return at the end", "held-out")
+    times = {}  # {name: seconds to the target of every seed}
     for seed in (1, 2, 3):
-        runs = {f"ppo_swarm.py, {critic} critic": ours(critic, seed) for critic in CRITICS}
+        curves = {f"ppo_swarm.py, {critic} critic": ours(critic, seed) for critic in CRITICS}
         if options.torchrl_seconds:
-            runs["TorchRL's tutorial"] = torchrl(options.torchrl, options.torchrl_seconds, seed)
-        for name, (curve, held_out) in runs.items():
-            reached = next((seconds for seconds, value in curve if value >= TARGET), math.nan)
-            times.setdefault(name, []).append(reached)
-            end = np.mean([value for _, value in curve[-max(1, len(curve) // 10) :]])
-            print(f"| {name} | {seed} | {reached:.1f} | {curve[-1][0]:.0f} | {end:.2f} | {held_out:.2f} |", flush=True)
-    *names, theirs = times
-    for name in names if options.torchrl_seconds else ():
-        ratios = np.divide(times[theirs], times[name])
-        mean = np.mean(times[theirs]) / np.mean(times[name])
-        print(f"\n{name}: {mean:.1f} times sooner ({ratios.min():.1f} to {ratios.max():.1f})")
+            curves[TORCHRL] = torchrl(options.torchrl, options.torchrl_seconds, seed)
+        for name, curve in curves.items():
+            reached = [seconds for seconds, value in zip(*curve[:2], strict=True) if value >= TARGET]
+            first = reached[0] if reached else np.nan
+            times.setdefault(name, []).append(first)
+            end = np.mean(curve.returns[-max(1, len(curve.returns) // 10) :])
+            print_row(name, seed, f"{first:.1f}", f"{curve.seconds[-1]:.0f}", f"{end:.2f}", f"{curve.held_out:.2f}")
+    if options.torchrl_seconds:
+        theirs = times.pop(TORCHRL)
+        for name, ours_ in times.items():
+            ratios = np.divide(theirs, ours_)
+            mean = np.mean(theirs) / np.mean(ours_)
+            print(f"\n{name}: {mean:.1f} times sooner ({ratios.min():.1f} to {ratios.max():.1f})")
 
 
 if __name__ == "__main__":
