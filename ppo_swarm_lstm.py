@@ -155,9 +155,9 @@ class Trunk(nn.Module):
 class RecurrentTrunk(Trunk):
     """A Trunk with an LSTM behind it, every agent with a state (h, c) of its own.
 
-    obs and neighbors are (batch, n_agents, ...), or (batch, steps, n_agents, ...): whole sequences. state (2, batch,
-    n_agents, hidden_dim) is that before the first step; where starts (batch,) or (batch, steps) is 1 it is zero, and no
-    gradient gets past there. Returns features (batch * steps, n_agents, hidden_dim) and the state after the last step.
+    obs and neighbors are (batch, n_agents, ...), or (batch, steps, n_agents, ...): whole sequences; state (2, batch,
+    n_agents, hidden_dim) is that before them, and gives way to zero where starts (batch,) or (batch, steps) is 1.
+    Returns features (batch * steps, n_agents, hidden_dim) and the state after the last step.
     """
 
     def __init__(self, args, obs_dim, n_agents):
@@ -173,11 +173,10 @@ class RecurrentTrunk(Trunk):
         # torch's LSTM takes many steps in one call, 1.4 to 2.3 times as fast as one by one: up to the next start of any
         cuts = sorted({0, *starts.flatten(1).any(dim=0).nonzero().flatten().tolist(), x.shape[1]})
         features = []
+        own = len(self.lstms)  # 1, or n_agents
         for first, last in pairwise(cuts):
             state = state * (1 - starts[:, first])
-            agents = zip(
-                self.lstms, x[:, first:last].chunk(len(self.lstms), 2), state.chunk(len(self.lstms), 2), strict=True
-            )
+            agents = zip(self.lstms, x[:, first:last].chunk(own, dim=2), state.chunk(own, dim=2), strict=True)
             outputs, states = zip(*[self.run(*agent) for agent in agents], strict=True)
             features.append(torch.cat(outputs, dim=2))
             state = torch.cat(states, dim=2)
@@ -220,8 +219,7 @@ class Agent(nn.Module):
     def make_policy(self, envs, greedy=True):
         """The policy on arrays, as envs.py evaluates it: the mode of its actions, or drawn as in training."""
         generator = torch.Generator().manual_seed(0)
-        shape = (2, envs.num_envs, envs.single_observation_space.shape[0], self.actor.lstms[0].hidden_size)
-        state = torch.zeros(shape, device=self.action_low.device)
+        state = torch.zeros(2, *envs.observation_space.shape[:2], self.actor.lstms[0].hidden_size).to(self.action_low)
 
         @torch.no_grad()
         def act(observations, infos):
@@ -350,7 +348,6 @@ if __name__ == "__main__":
         torch.set_rng_state(own["rng"])
         next_obs, next_neighbors = to_tensors(*envs.set_state(own["envs"]), device)
         memory[:] = own["memory"]
-        dones[-1] = own["starts"]
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         if args.anneal_lr:
@@ -358,8 +355,7 @@ if __name__ == "__main__":
 
         # Rollout
         rollout_start = time.time()
-        first_memory = memory.clone()
-        first_start = dones[-1:].clone()
+        first_memory = memory * (1 - dones[-1, ..., None])  # zero where the last step ended an episode
         for step in range(args.num_steps):
             obs[step] = next_obs
             neighbors[step] = next_neighbors
@@ -395,7 +391,7 @@ if __name__ == "__main__":
         batch = [obs, neighbors, raw_actions, logprobs, advantages, returns, values]
         batch = [x.transpose(0, 1) for x in batch]  # (num_envs, num_steps, ...)
         b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values = batch
-        b_starts = torch.cat([first_start, dones[:-1]]).transpose(0, 1)  # (num_envs, num_steps, 1)
+        b_starts = torch.cat([torch.zeros_like(dones[:1]), dones[:-1]]).transpose(0, 1)  # (num_envs, num_steps, 1)
         losses = []  # of every minibatch
         logratios = []
         kl_exceeded = False
@@ -459,7 +455,7 @@ if __name__ == "__main__":
         # Checkpoint
         if run.checkpoint_due():
             own = {"rng": torch.get_rng_state(), "envs": envs.get_state()}  # of this process alone
-            own |= {"memory": memory.cpu(), "starts": dones[-1].cpu()}
+            own["memory"] = (memory * (1 - dones[-1, ..., None])).cpu()
             run.save({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)
         if run.stopping:
             break
