@@ -3471,97 +3471,216 @@ def _check_steppable(envs):
 # Gymnasium's LunarLander-v3 without Box2D. The kernels do what Box2D 2.3 does for this one scene, three bodies on two
 # joints above ten edges, operation by operation in its order and in its float32, so that the same draws give the same
 # flight. Each names the part of Box2D that it stands for. The ground does not move: its terms are left out throughout.
+#
+# The velocity iterations cost the most, so landers go through them side by side, one in each of LANDER_LANES lanes. One
+# step, from the top; callees are indented, and a function that is called in two places is described at the first:
+#
+#     _lander_step                    hands out the lanes until every environment has been through one
+#         _lander_begin               in a new episode: the bodies at rest in their places
+#         _lander_engines             wind (_lander_gust), and the engines' impulses on the lander (_lander_thrust)
+#         _lander_load                the beginning of b2World::Step, then the lander goes into its lane:
+#             _contact_update_all     where a body touches the ground: _contact_update for each edge in reach
+#                                     (_body_edges, _body_outline, _contact_manifold, _contact_clip)
+#             _contact_prepare        the effective masses of a contact
+#             _contact_warm_start     the impulses of the last step once more, as a first guess
+#             _joint_prepare          the effective masses of a joint, its limit, and its first guess
+#         _lander_iterate             180 velocity iterations, in all lanes at once:
+#             _joint_velocity         the motor of a leg, then its limit and hinge together
+#             _contact_velocity       friction (_contact_friction), then what keeps the body out of the ground
+#                                     (_contact_normal, or _contact_normal_single where no contact has two points)
+#         _lander_unload              out of the lane, and the rest of b2World::Step:
+#             _body_move              the bodies go where their velocities take them
+#             _contact_position       up to 60 position iterations: bodies out of the ground ...
+#             _joint_position         ... and legs back onto their hinges
+#             _impact_solve           a body that hit the ground on its way goes back to there, and on from there:
+#                 _impact_time        when it hits an edge (_impact_distance, _impact_gap, _impact_gap_at)
+#                                     then _contact_update, _contact_position, _contact_prepare, _contact_velocity and
+#                                     _body_move, for this body alone
+#         _lander_view                the observation
+#         _lander_shaping             the potential of the reward; _lander_sparse_reward, if asked for, at the end
+#         _lander_draw                after the end of an episode: what is random at the start of the next
+#
+# A reset is _lander_draw for all environments, then _lander_step with `begin`: Gymnasium's reset makes a step, too.
+#
+# In names: b is a body, k a leg and its joint, w an angular velocity, (nx, ny) a normal, (rx, ry) an arm from a centre
+# of mass. Of a joint, "a" is the lander and "b" the leg; of a contact, "b" is the body. `slot` is 0 for its contact
+# with an even edge, 1 for that with an odd one. A "turn" is an angular impulse, or the angle that it turns by.
 
 # Without reference counts on arrays, which cost more than the physics here; such a function cannot allocate.
 uncounted = njit(cache=True, error_model="numpy", _nrt=False)
 
+# ---- Constants: Gymnasium's task ----
+
 f32 = np.float32
-ZERO, ONE, TWO, HALF = f32(0.0), f32(1.0), f32(2.0), f32(0.5)
+# A Python float is a float64 to numba, and makes one of whatever meets it; these leave float32 as it is.
+F32_ZERO = f32(0.0)
+F32_HALF = f32(0.5)
+F32_ONE = f32(1.0)
+F32_TWO = f32(2.0)
+F32_INF = f32(np.inf)
+
 LANDER_FPS = 50  # steps per second
-PIXELS = 30.0  # per metre, Gymnasium's SCALE
-MOON_WIDTH, MOON_HEIGHT = 600 / PIXELS, 400 / PIXELS  # what is seen of it [m]
-CHUNKS = 10  # edges of the terrain, all equally wide; Gymnasium's CHUNKS, 11, counts the points between them
-CHUNK_WIDTH = f32(MOON_WIDTH / CHUNKS)
-PAD_HEIGHT = MOON_HEIGHT / 4
-LARGEST_PUSH = 1000.0  # on the lander during the first step, along each axis [N]
-MAIN_ENGINE_POWER, SIDE_ENGINE_POWER = 13.0, 0.6  # impulse per metre that the thruster is off the centre [kg / s]
-MAIN_ENGINE_DOWN, SIDE_ENGINE_UP, SIDE_ENGINE_AWAY = 4 / PIXELS, 14 / PIXELS, 12 / PIXELS  # [m]
-LEG_AWAY, LEG_DOWN = 20 / PIXELS, 18 / PIXELS  # from a leg's middle to its joint, which is the lander's origin [m]
+LANDER_PIXELS = 30.0  # per metre, Gymnasium's SCALE
+MOON_WIDTH = 600 / LANDER_PIXELS  # what is seen of it [m]
+MOON_HEIGHT = 400 / LANDER_PIXELS
+MOON_CHUNKS = 10  # edges of the terrain, all equally wide; Gymnasium's CHUNKS, 11, counts the points between them
+MOON_CHUNK_WIDTH = f32(MOON_WIDTH / MOON_CHUNKS)
+MOON_PAD_HEIGHT = MOON_HEIGHT / 4
+LANDER_LARGEST_PUSH = 1000.0  # on the lander during the first step, along each axis [N]
+MAIN_ENGINE_POWER = 13.0  # impulse per metre that the thruster is off the centre [kg / s]
+SIDE_ENGINE_POWER = 0.6
+MAIN_ENGINE_DOWN = 4 / LANDER_PIXELS  # [m]
+SIDE_ENGINE_UP = 14 / LANDER_PIXELS
+SIDE_ENGINE_AWAY = 12 / LANDER_PIXELS
+LEG_AWAY = 20 / LANDER_PIXELS  # from a leg's middle to its joint, which is the lander's origin [m]
+LEG_DOWN = 18 / LANDER_PIXELS
 LEG_TILT = 0.05  # of a leg when its joint reads zero [rad]
-
-# b2Settings.h
-TIME_STEP = f32(1 / LANDER_FPS)
-VELOCITY_ITERATIONS, POSITION_ITERATIONS, TOI_POSITION_ITERATIONS = 180, 60, 20
-BOX2D_PI = f32(3.14159265359)
-LINEAR_SLOP, ANGULAR_SLOP = f32(0.005), TWO / f32(180.0) * BOX2D_PI
-SKIN = TWO * LINEAR_SLOP  # shapes are thicker than their outlines by this much [m]
-BAUMGARTE, TOI_BAUMGARTE = f32(0.2), f32(0.75)
-MAX_CORRECTION, MAX_ANGULAR_CORRECTION = f32(0.2), f32(8.0) / f32(180.0) * BOX2D_PI
-MAX_TRANSLATION, MAX_ROTATION = f32(2.0), HALF * BOX2D_PI  # in one step
-SLEEP_SPEED, SLEEP_SPIN, SLEEP_TIME = f32(0.01), ANGULAR_SLOP, f32(0.5)
-MAX_CONDITION = f32(1000.0)
-TOI_TARGET, TOI_TOLERANCE = LINEAR_SLOP, f32(0.25) * LINEAR_SLOP  # distance at which two outlines have hit [m]
-TOI_ITERATIONS, TOI_PUSHES, TOI_ROOT_ITERATIONS, TOI_HITS = 20, 16, 50, 8
-TOI_END = ONE - f32(10.0) * np.finfo(f32).eps
-
-# The bodies: the lander, and its legs, first the right one. Outlines run anticlockwise; columns are x and y.
-LANDER = 0
-N_BODIES, N_LEGS = 3, 2
-LEG_SIGN = np.array([-1, 1], f32)  # Gymnasium's i
-HULL = np.array([(17, -10), (17, 0), (14, 17), (-14, 17), (-17, 0), (-17, -10)]) / PIXELS
-LEG = np.array([(-2, -8), (2, -8), (2, 8), (-2, 8)]) / PIXELS
-N_CORNERS = np.array([6, 4, 4])
-CORNERS = np.array([HULL, np.pad(LEG, ((0, 2), (0, 0))), np.pad(LEG, ((0, 2), (0, 0)))], f32)  # (3, 6, 2) [m]
-
-
-def _outward_normals(corners):  # (n, 2)
-    along = np.roll(corners, -1, axis=0) - corners
-    normals = along[:, ::-1] * f32([1, -1]) * (ONE / np.sqrt((along**2).sum(axis=1, keepdims=True)))
-    return np.pad(normals, ((0, 6 - len(corners)), (0, 0)))
-
-
-# (3, 6, 2), of face i, which goes from corner i to the next
-FACES = np.stack([_outward_normals(corners[:n]) for corners, n in zip(CORNERS, N_CORNERS, strict=True)])
-MASS = np.array([4.8166666, 0.07111112, 0.07111112], f32)  # as Box2D has it from these outlines [kg]
-INERTIA = np.array([0.7838807, 0.0017909470, 0.0017909470], f32)  # about the centre of mass [kg m^2]
-CENTER = np.array([0.10130719, 0.0, 0.0], f32)  # height of the centre of mass above the body's origin [m]
-INV_MASS, INV_INERTIA = ONE / MASS, ONE / INERTIA
-FRICTION = np.sqrt(np.array([0.1, 0.2, 0.2], f32) * f32(0.1))
-REACH = f32(0.8)  # from the lander's origin to any point of the legs, and then some [chunks]
-BODY_REACH = np.array([0.75, 0.3, 0.3], f32)  # from a centre of mass to the farthest corner, and then some [m]
-SOLVE_ORDER = np.array([2, 0, 1])  # in which Box2D comes upon the contacts of the bodies
-NO_IMPULSE = np.zeros((3, 2, 2, 2), f32)
-
-# Joints: motors press the legs outwards, against these limits.
-MOTOR_SPEED = LEG_SIGN * f32(0.3)  # [rad / s]
-MAX_MOTOR_IMPULSE = TIME_STEP * f32(40.0)
-LOWER_ANGLE, UPPER_ANGLE = np.array([0.9 - 0.5, -0.9], f32), np.array([0.9, -0.9 + 0.5], f32)
-LEG_REFERENCE = LEG_SIGN * f32(LEG_TILT)
-LEG_ANCHOR = np.array([[-LEG_AWAY, LEG_DOWN], [LEG_AWAY, LEG_DOWN]], f32)
 
 # Throttles of the discrete actions: nothing, left engine, main engine, right engine.
 THROTTLES = np.array([(0, 0), (0, -1), (1, 0), (0, 1)], np.float32)
 
-X, Y, ANGLE, COS, SIN = range(5)  # columns of poses and velocities; the last two only of poses before the step
-LIMIT, MOTOR = 2, 3  # columns of a joint's impulses; the first two are X and Y
+# ---- Constants: Box2D's settings (b2Settings.h) ----
 
-# What the velocity iterations work on, row by row; each row has a number for every lane.
-LANES = 32  # landers solved at once: two of the widest vectors, so that one's arithmetic hides the other's latency
-VELOCITY = 0  # 3 rows per body
-IMPULSE = VELOCITY + 9  # 4 per joint
-JOINT = IMPULSE + 8  # per joint:
-AX, AY, BX, BY, K11, K12, K13, K22, K23, K33, INV_DET2, INV_DET3, C1, C2, C3, MOTOR_MASS, STATE = range(17)
-JOINT_ROWS = 17
-CONTACT = JOINT + 2 * JOINT_ROWS  # per body and slot:
-NORMAL_X, NORMAL_Y, N11, N12, N22, M11, M12, M22, TWO_POINTS = range(9)
-ARM_X, ARM_Y, NORMAL_MASS, TANGENT_MASS, NORMAL_IMPULSE, TANGENT_IMPULSE = range(9, 15)  # and 6 rows on for point 2
-POINT_ROWS, CONTACT_ROWS = 6, 21
-ROWS = CONTACT + 6 * CONTACT_ROWS
+BOX2D_TIME_STEP = f32(1 / LANDER_FPS)
+BOX2D_VELOCITY_ITERATIONS = 180
+BOX2D_POSITION_ITERATIONS = 60
+BOX2D_PI = f32(3.14159265359)
+BOX2D_LINEAR_SLOP = f32(0.005)  # what the position iterations leave as it is [m]
+BOX2D_ANGULAR_SLOP = F32_TWO / f32(180.0) * BOX2D_PI  # [rad]
+BOX2D_SKIN = F32_TWO * BOX2D_LINEAR_SLOP  # shapes are thicker than their outlines by this much [m]
+BOX2D_BAUMGARTE = f32(0.2)  # share of an overlap that one position iteration takes away
+BOX2D_MAX_CORRECTION = f32(0.2)  # in one position iteration [m]
+BOX2D_MAX_ANGULAR_CORRECTION = f32(8.0) / f32(180.0) * BOX2D_PI  # [rad]
+BOX2D_MAX_TRANSLATION = f32(2.0)  # in one step [m]
+BOX2D_MAX_ROTATION = F32_HALF * BOX2D_PI  # [rad]
+BOX2D_SLEEP_SPEED = f32(0.01)  # a body below both is at rest [m / s]
+BOX2D_SLEEP_SPIN = BOX2D_ANGULAR_SLOP  # [rad / s]
+BOX2D_SLEEP_TIME = f32(0.5)  # all bodies fall asleep when each has been at rest for so long [s]
+BOX2D_MAX_CONDITION = f32(1000.0)  # of the matrix of a contact of two points; above it one point is solved
 
-LOCAL_NX, LOCAL_NY, LOCAL_X, LOCAL_Y, POINT_X, POINT_Y = range(6)  # columns of manifolds; point 2 two columns on
-# Integer columns of manifolds: points found and points solved, place among the contacts of its lane, hits in this step.
-KIND, POINTS, SOLVED, PLACE, HITS = range(5)
-ON_EDGE, ON_BODY = range(2)  # kinds: whose face the contact lies on
+# Of the time of impact, "TOI".
+TOI_POSITION_ITERATIONS = 20
+TOI_BAUMGARTE = f32(0.75)
+TOI_TARGET = BOX2D_LINEAR_SLOP  # distance at which two outlines have hit [m]
+TOI_TOLERANCE = f32(0.25) * BOX2D_LINEAR_SLOP
+TOI_ITERATIONS = 20
+TOI_PUSHES = 16
+TOI_ROOT_ITERATIONS = 50
+TOI_HITS = 8  # of a body on one edge in one step
+TOI_END = F32_ONE - f32(10.0) * np.finfo(f32).eps  # a hit later than this is left to the next step [steps]
+
+# ---- Constants: bodies and joints ----
+
+# The bodies: the lander, and its legs, first the right one. Outlines run anticlockwise; columns are x and y.
+LANDER_BODIES = 3
+LANDER_LEGS = 2
+BODY_LANDER, BODY_RIGHT_LEG, BODY_LEFT_LEG = range(3)
+LEG_RIGHT, LEG_LEFT = range(2)  # and their joints
+BODY_HULL_OUTLINE = np.array([(17, -10), (17, 0), (14, 17), (-14, 17), (-17, 0), (-17, -10)]) / LANDER_PIXELS
+BODY_LEG_OUTLINE = np.pad(np.array([(-2, -8), (2, -8), (2, 8), (-2, 8)]) / LANDER_PIXELS, ((0, 2), (0, 0)))
+BODY_N_CORNERS = np.array([6, 4, 4])
+BODY_CORNERS = np.array([BODY_HULL_OUTLINE, BODY_LEG_OUTLINE, BODY_LEG_OUTLINE], f32)  # (3, 6, 2) [m]
+
+
+def _outward_normals(corners):
+    """Unit normals (6, 2) of the faces of an outline (n, 2), padded with zeros."""
+    along = np.roll(corners, -1, axis=0) - corners
+    normals = along[:, ::-1] * f32([1, -1]) * (F32_ONE / np.sqrt((along**2).sum(axis=1, keepdims=True)))
+    return np.pad(normals, ((0, 6 - len(corners)), (0, 0)))
+
+
+# (3, 6, 2), of face i, which goes from corner i to the next
+BODY_FACES = np.stack([_outward_normals(corners[:n]) for corners, n in zip(BODY_CORNERS, BODY_N_CORNERS, strict=True)])
+BODY_MASS = np.array([4.8166666, 0.07111112, 0.07111112], f32)  # as Box2D has it from these outlines [kg]
+BODY_INERTIA = np.array([0.7838807, 0.0017909470, 0.0017909470], f32)  # about the centre of mass [kg m^2]
+BODY_CENTER = np.array([0.10130719, 0.0, 0.0], f32)  # height of the centre of mass above the body's origin [m]
+BODY_INV_MASS = F32_ONE / BODY_MASS
+BODY_INV_INERTIA = F32_ONE / BODY_INERTIA
+BODY_FRICTION = np.sqrt(np.array([0.1, 0.2, 0.2], f32) * f32(0.1))
+BODY_REACH = np.array([0.75, 0.3, 0.3], f32)  # from a centre of mass to the farthest corner, and then some [m]
+BODY_SOLVE_ORDER = np.array([2, 0, 1])  # in which Box2D comes upon the contacts of the bodies
+LANDER_REACH = f32(0.8)  # from the lander's origin to any point of the legs, and then some [chunks]
+
+# Joints: motors press the legs outwards, against these limits.
+LEG_SIGN = np.array([-1, 1], f32)  # Gymnasium's i
+LEG_MOTOR_SPEED = LEG_SIGN * f32(0.3)  # [rad / s]
+LEG_MAX_MOTOR_IMPULSE = BOX2D_TIME_STEP * f32(40.0)  # [N m s]
+LEG_LOWER_ANGLE = np.array([0.9 - 0.5, -0.9], f32)  # [rad]
+LEG_UPPER_ANGLE = np.array([0.9, -0.9 + 0.5], f32)
+LEG_REFERENCE = LEG_SIGN * f32(LEG_TILT)  # a leg's angle to the lander when its joint reads zero [rad]
+LEG_ANCHOR = np.array([[-LEG_AWAY, LEG_DOWN], [LEG_AWAY, LEG_DOWN]], f32)  # (2, 2), of the joint, from the leg's middle
+
+# ---- Constants: names of columns ----
+
+POSE_X, POSE_Y, POSE_ANGLE, POSE_COS, POSE_SIN = range(5)  # of poses and velocities; the last two only of `start`
+ROTATION_COS, ROTATION_SIN = range(2)  # of a body's angle, now
+IMPULSE_X, IMPULSE_Y, IMPULSE_LIMIT, IMPULSE_MOTOR = range(4)  # of a joint
+IMPULSE_NORMAL, IMPULSE_TANGENT = range(2)  # of a contact
+WIND_FORCE, WIND_TORQUE = range(2)  # of the counters `wind`
+THROTTLE_MAIN, THROTTLE_SIDE = range(2)
+
+# Of `contact`: normal and a corner of the face that carries it, in the frame of body or ground, whichever owns it;
+# then the points that lie on it, in the frame of the other, the second one two columns on.
+MANIFOLD_NX, MANIFOLD_NY, MANIFOLD_X, MANIFOLD_Y, MANIFOLD_POINT_X, MANIFOLD_POINT_Y = range(6)
+# Of `contact_kind`: whose face it is, points found and solved, place among the contacts of the lane, hits in this step.
+MANIFOLD_KIND, MANIFOLD_POINTS, MANIFOLD_SOLVED, MANIFOLD_PLACE, MANIFOLD_HITS = range(5)
+MANIFOLD_ON_EDGE, MANIFOLD_ON_BODY = range(2)  # kinds
+CONTACT_NO_IMPULSE = np.zeros((3, 2, 2, 2), f32)
+# b2ContactFeature in one number: index A, + 8 index B, + 64 if A is a face, + 128 if B is; else they are corners.
+FEATURE_INDEX_B = 8
+FEATURE_FACE_A = 64
+FEATURE_FACE_B = 128
+SOLVING_LANES, SOLVING_TWO_POINTS = range(2)  # of `solving`: lanes with this contact, lanes where it has two points
+
+# Of `sight`, the observation; then of the statistics.
+SIGHT_X, SIGHT_Y, SIGHT_VX, SIGHT_VY, SIGHT_ANGLE, SIGHT_SPIN, SIGHT_RIGHT_LEG, SIGHT_LEFT_LEG = range(8)
+SIGHT_COLUMNS = 8
+(
+    LANDER_STAT_RETURN, LANDER_STAT_LENGTH, LANDER_STAT_SUCCESS, LANDER_STAT_LANDED, LANDER_STAT_CRASHED,
+    LANDER_STAT_SPEED, LANDER_STAT_X,
+) = range(7)  # as in `LunarLander.stat_names`; the first two are those of `totals`, too  # fmt: skip
+
+# ---- Constants: rows of lanes ----
+# The velocity iterations work on the flat array `rows`. A row has a number for every lane, and what is named here is
+# where a row begins: that of lane 3 lies 3 further on. A stride is the way from one body, joint, contact or point to
+# the next.
+
+LANDER_LANES = 32  # two of the widest vectors, so that one's arithmetic hides the other's latency
+
+ROW_VELOCITY = 0  # per body:
+ROW_X, ROW_Y, ROW_ANGLE, VELOCITY_STRIDE = range(0, 4 * LANDER_LANES, LANDER_LANES)
+ROW_IMPULSE = ROW_VELOCITY + LANDER_BODIES * VELOCITY_STRIDE  # per joint, after x and y of the same names:
+ROW_LIMIT, ROW_MOTOR, IMPULSE_STRIDE = range(2 * LANDER_LANES, 5 * LANDER_LANES, LANDER_LANES)
+
+ROW_JOINT = ROW_IMPULSE + LANDER_LEGS * IMPULSE_STRIDE  # per joint:
+(
+    JOINT_AX, JOINT_AY, JOINT_BX, JOINT_BY,  # arms: where the joint is, from the centres of mass of lander and leg
+    JOINT_K11, JOINT_K12, JOINT_K13,  # what an impulse at the joint (x, y, turn) does to the velocity there:
+    JOINT_K22, JOINT_K23, JOINT_K33,  # a symmetric matrix
+    JOINT_INV_DET2, JOINT_INV_DET3,  # one over the determinants of its x, y part and of all of it
+    JOINT_C1, JOINT_C2, JOINT_C3,  # cross product of its second and third column
+    JOINT_MOTOR_MASS,
+    JOINT_LIMIT,  # -1 at the lower limit, 1 at the upper, 0 between
+    JOINT_STRIDE,
+) = range(0, 18 * LANDER_LANES, LANDER_LANES)  # fmt: skip
+
+ROW_CONTACT = ROW_JOINT + LANDER_LEGS * JOINT_STRIDE  # per body and slot:
+(
+    CONTACT_NORMAL_X, CONTACT_NORMAL_Y,  # from the ground to the body
+    CONTACT_N11, CONTACT_N12, CONTACT_N22,  # what impulses at two points do to the velocities there, along the normal
+    CONTACT_M11, CONTACT_M12, CONTACT_M22,  # the inverse of this matrix
+    CONTACT_TWO_POINTS,  # 1 where two points are solved together
+    CONTACT_ARM_X, CONTACT_ARM_Y,  # of point 1, from the centre of mass; all from here on again for point 2
+    CONTACT_NORMAL_MASS, CONTACT_TANGENT_MASS,
+    CONTACT_NORMAL_IMPULSE, CONTACT_TANGENT_IMPULSE,
+    CONTACT_POINT_END,
+) = range(0, 16 * LANDER_LANES, LANDER_LANES)  # fmt: skip
+CONTACT_POINT_STRIDE = CONTACT_POINT_END - CONTACT_ARM_X
+CONTACT_STRIDE = CONTACT_POINT_END + CONTACT_POINT_STRIDE
+
+ROW_END = ROW_CONTACT + 2 * LANDER_BODIES * CONTACT_STRIDE
+
+# ---- State and scratch ----
 
 
 class LanderParams(NamedTuple):
@@ -3577,7 +3696,7 @@ class LanderParams(NamedTuple):
 # Records, which a kernel takes as one array: to pass each field as its own took a tenth of the time of a step.
 LANDER_STATE = np.dtype(
     [
-        ("terrain", f32, CHUNKS + 1),  # heights [m]
+        ("terrain", f32, MOON_CHUNKS + 1),  # heights [m]
         ("pose", f32, (3, 3)),  # x, y of each body's centre of mass [m] and its angle [rad]
         ("velocity", f32, (3, 3)),  # of the same
         ("joint_impulse", f32, (2, 4)),  # x, y, limit and motor, of the last step
@@ -3602,20 +3721,20 @@ LanderState = namedtuple("LanderState", LANDER_STATE.names)  # (num_envs, ...) e
 # Room for one step of as many environments as there are lanes, used again for the next.
 LANDER_SCRATCH = np.dtype(
     [
-        ("lane_env", np.int64, LANES),  # which environment is in it
-        ("fresh", np.int8, LANES),  # whether it takes the first step, that belongs to the reset
-        ("near", np.int8, LANES),  # whether it may touch the ground in this step
+        ("lane_env", np.int64, LANDER_LANES),  # which environment is in it
+        ("fresh", np.int8, LANDER_LANES),  # whether it takes the first step, that belongs to the reset
+        ("near", np.int8, LANDER_LANES),  # whether it may touch the ground in this step
         ("solving", np.int64, (6, 2)),  # lanes with a first and a second contact of each body; those with two points
-        ("rows", f32, ROWS * LANES),  # what the velocity iterations work on
-        ("start", f32, (LANES, 3, 5)),  # poses before the step, and cos and sin of their angles
-        ("contact", f32, (LANES, 6, 8)),  # manifolds, for body and slot
-        ("contact_kind", np.int64, (LANES, 6, 5)),
+        ("rows", f32, ROW_END),  # what the velocity iterations work on
+        ("start", f32, (LANDER_LANES, 3, 5)),  # poses before the step, and cos and sin of their angles
+        ("contact", f32, (LANDER_LANES, 6, 8)),  # manifolds, in row 2 * body + slot
+        ("contact_kind", np.int64, (LANDER_LANES, 6, 5)),  # what is counted of them
         ("rotation", f32, (3, 2)),  # cos and sin of the angles
         ("corners", f32, (6, 2)),  # of one body [m]
         ("faces", f32, (6, 2)),  # their normals
-        ("impact_rows", f32, ROWS * LANES),  # for one body that hit the ground
-        ("heights", np.float64, CHUNKS + 2),  # the terrain before smoothing [m]
-        ("sight", np.float64, 8),  # the observation in float64
+        ("impact_rows", f32, ROW_END),  # for one body that hit the ground
+        ("heights", np.float64, MOON_CHUNKS + 2),  # the terrain before smoothing [m]
+        ("sight", np.float64, SIGHT_COLUMNS),  # the observation in float64
     ],
     align=True,
 )
@@ -3626,45 +3745,275 @@ def _clamp(x, low, high):
     return min(max(x, low), high)
 
 
+# ---- Start of an episode ----
+
+
+@uncounted
+def _lander_terrain(heights, terrain):
+    """Gymnasium's terrain (MOON_CHUNKS + 1,) from raw heights (MOON_CHUNKS + 2,), both in metres.
+
+    The pad is levelled first, then every height becomes 0.33 times the sum of three: Gymnasium's mean.
+    """
+    middle = MOON_CHUNKS // 2
+    heights[middle - 2 : middle + 3] = MOON_PAD_HEIGHT
+    for i in range(MOON_CHUNKS + 1):
+        terrain[i] = 0.33 * (heights[i - 1 if i > 0 else MOON_CHUNKS + 1] + heights[i] + heights[i + 1])
+
+
+@uncounted
+def _lander_draw(env, params, state, scratch):
+    """What is random at the start of an episode, in Gymnasium's order.
+
+    The lander's row of `pose` gets the pose of its origin; `_lander_begin` makes that of its centre of mass of it.
+    """
+    rng = state.rng
+    lander = state[env]
+    pose = lander.pose
+    for i in range(MOON_CHUNKS + 2):
+        scratch.heights[i] = _uniform(rng, env, 0.0, MOON_HEIGHT / 2)
+    _lander_terrain(scratch.heights, lander.terrain)
+    x, y = MOON_WIDTH / 2, MOON_HEIGHT
+    angle = 0.0
+    if params.randomize_spawn:
+        x = _uniform(rng, env, 0.1 * MOON_WIDTH, 0.9 * MOON_WIDTH)
+        y = _uniform(rng, env, 0.7 * MOON_HEIGHT, MOON_HEIGHT)
+        angle = _uniform(rng, env, -0.25, 0.25)
+    pose[BODY_LANDER, POSE_X], pose[BODY_LANDER, POSE_Y] = x, y
+    pose[BODY_LANDER, POSE_ANGLE] = angle
+    for i in range(2):
+        lander.push[i] = _uniform(rng, env, -LANDER_LARGEST_PUSH, LANDER_LARGEST_PUSH)
+    if params.enable_wind:
+        for i in range(2):
+            lander.wind[i] = math.floor(_uniform(rng, env, -9999.0, 9999.0))
+
+
+@uncounted
+def _lander_draw_all(params, state, scratch):
+    """`_lander_draw` for every environment."""
+    for env in range(len(state)):
+        _lander_draw(env, params, state, scratch[0])
+
+
+@uncounted
+def _lander_begin(lander):
+    """Put the bodies at rest in their places, legs beside the lander: in the first step the joints pull them in.
+
+    The lander's row of `pose` holds the pose of its origin, as `_lander_draw` left it, in float64 as in Gymnasium.
+    """
+    pose = lander.pose
+    x, y = np.float64(pose[BODY_LANDER, POSE_X]), np.float64(pose[BODY_LANDER, POSE_Y])
+    angle = np.float64(pose[BODY_LANDER, POSE_ANGLE])
+    cos, sin = math.cos(angle), math.sin(angle)
+    pose[BODY_LANDER, POSE_X] = x - sin * np.float64(BODY_CENTER[BODY_LANDER])
+    pose[BODY_LANDER, POSE_Y] = y + cos * np.float64(BODY_CENTER[BODY_LANDER])
+    for k in range(LANDER_LEGS):
+        b = BODY_RIGHT_LEG + k
+        side = np.float64(LEG_SIGN[k])
+        pose[b, POSE_X] = x - cos * side * LEG_AWAY
+        pose[b, POSE_Y] = y - sin * side * LEG_AWAY
+        pose[b, POSE_ANGLE] = angle + side * LEG_TILT
+    lander.velocity[:] = F32_ZERO
+    lander.joint_impulse[:] = F32_ZERO
+    lander.joint_limit[:] = 0
+    lander.touched[:] = -1
+    lander.feature[:] = -1
+    lander.contact_impulse[:] = F32_ZERO
+    lander.grounded[:] = False
+    lander.still[:] = F32_ZERO
+    lander.shaping = 0.0
+    lander.elapsed = 0
+    lander.totals[:] = 0.0
+
+
+# ---- Engines and wind ----
+
+
+@uncounted
+def _lander_gust(count):
+    """Wind or turbulence when its counter is at `count`, as a share of the largest, in [-1, 1]; never periodic."""
+    return math.tanh(math.sin(0.02 * count) + math.sin(math.pi * 0.01 * count))
+
+
+@uncounted
+def _lander_thrust(impulse_x, impulse_y, x, y, pose, velocity):
+    """b2Body::ApplyLinearImpulse: an impulse [N s] on the lander at (x, y) in the world [m]."""
+    impulse_x, impulse_y = f32(impulse_x), f32(impulse_y)
+    velocity[BODY_LANDER, POSE_X] += BODY_INV_MASS[BODY_LANDER] * impulse_x
+    velocity[BODY_LANDER, POSE_Y] += BODY_INV_MASS[BODY_LANDER] * impulse_y
+    arm_x, arm_y = f32(x) - pose[BODY_LANDER, POSE_X], f32(y) - pose[BODY_LANDER, POSE_Y]
+    velocity[BODY_LANDER, POSE_ANGLE] += BODY_INV_INERTIA[BODY_LANDER] * (arm_x * impulse_y - arm_y * impulse_x)
+
+
+@uncounted
+def _lander_engines(env, main, lateral, force_x, params, state, scratch):
+    """Gymnasium's `step` before it steps Box2D: wind, and the engines' impulses on the lander.
+
+    `main` and `lateral` are the actions, in [-1, 1] after clipping. Returns `force_x` [N] with the wind's force, and
+    the turbulence's torque [N m]. Leaves cos and sin of the bodies' angles in `scratch.rotation`.
+    """
+    rng = state.rng
+    lander = state[env]
+    rotation = scratch.rotation
+    pose = lander.pose
+    velocity = lander.velocity
+
+    # Wind, until a leg touches the ground.
+    torque = 0.0
+    if params.enable_wind and not (lander.grounded[BODY_RIGHT_LEG] or lander.grounded[BODY_LEFT_LEG]):
+        force_x = f32(force_x) + f32(params.wind_power * _lander_gust(lander.wind[WIND_FORCE]))
+        torque = params.turbulence_power * _lander_gust(lander.wind[WIND_TORQUE])
+        lander.wind[WIND_FORCE] += 1
+        lander.wind[WIND_TORQUE] += 1
+
+    # Throttles and dispersion, which is drawn even where no engine fires.
+    dispersion0 = _uniform(rng, env, -1.0, 1.0) / LANDER_PIXELS
+    dispersion1 = _uniform(rng, env, -1.0, 1.0) / LANDER_PIXELS
+    main = min(max(main, -1.0), 1.0)
+    lateral = min(max(lateral, -1.0), 1.0)
+    main_power = 0.5 * (main + 1.0) if main > 0.0 else 0.0
+    side_power = abs(lateral) if abs(lateral) > 0.5 else 0.0
+    lander.throttle[THROTTLE_MAIN] = main_power
+    lander.throttle[THROTTLE_SIDE] = math.copysign(side_power, lateral)
+
+    # The lander's origin (x, y), and the direction of its tip, in float64 as in Gymnasium.
+    for b in range(LANDER_BODIES):
+        _body_rotate(b, pose, rotation)
+    if main_power > 0.0 or side_power > 0.0:
+        angle = pose[BODY_LANDER, POSE_ANGLE]
+        tip_x, tip_y = math.sin(np.float64(angle)), math.cos(np.float64(angle))
+        x = np.float64(pose[BODY_LANDER, POSE_X] + rotation[BODY_LANDER, ROTATION_SIN] * BODY_CENTER[BODY_LANDER])
+        y = np.float64(pose[BODY_LANDER, POSE_Y] - rotation[BODY_LANDER, ROTATION_COS] * BODY_CENTER[BODY_LANDER])
+
+    # The main engine fires downwards, the side engines sideways; (ox, oy) is from the origin to the nozzle.
+    if main_power > 0.0:
+        along = MAIN_ENGINE_DOWN + 2 * dispersion0
+        ox, oy = tip_x * along - tip_y * dispersion1, -tip_y * along - tip_x * dispersion1
+        power = MAIN_ENGINE_POWER
+        _lander_thrust(-ox * power * main_power, -oy * power * main_power, x + ox, y + oy, pose, velocity)
+    if side_power > 0.0:
+        along = 3 * dispersion1 + math.copysign(SIDE_ENGINE_AWAY, lateral)
+        ox, oy = tip_x * dispersion0 - tip_y * along, -tip_y * dispersion0 - tip_x * along
+        # 17 and SIDE_ENGINE_UP are not the same height: the torque depends on the angle, as it does in Gymnasium.
+        px = x + ox - tip_x * 17 / LANDER_PIXELS
+        py = y + oy + tip_y * SIDE_ENGINE_UP
+        power = SIDE_ENGINE_POWER
+        _lander_thrust(-ox * power * side_power, -oy * power * side_power, px, py, pose, velocity)
+    return force_x, torque
+
+
+# ---- Bodies ----
+
+
+@uncounted
+def _body_rotate(b, pose, rotation):
+    """cos and sin of a body's angle."""
+    rotation[b, ROTATION_COS] = math.cos(pose[b, POSE_ANGLE])
+    rotation[b, ROTATION_SIN] = math.sin(pose[b, POSE_ANGLE])
+
+
+@uncounted
+def _body_move(b, pose, velocity, h):
+    """b2Island::Solve: move a body for `h` seconds, at most so far and by such an angle as Box2D allows in a step."""
+    x, y = h * velocity[b, POSE_X], h * velocity[b, POSE_Y]
+    turn = h * velocity[b, POSE_ANGLE]
+    square = x * x + y * y
+    if square > BOX2D_MAX_TRANSLATION * BOX2D_MAX_TRANSLATION:
+        ratio = BOX2D_MAX_TRANSLATION / math.sqrt(square)
+        velocity[b, POSE_X] *= ratio
+        velocity[b, POSE_Y] *= ratio
+    if turn * turn > BOX2D_MAX_ROTATION * BOX2D_MAX_ROTATION:
+        velocity[b, POSE_ANGLE] *= BOX2D_MAX_ROTATION / abs(turn)
+    pose[b, POSE_X] += h * velocity[b, POSE_X]
+    pose[b, POSE_Y] += h * velocity[b, POSE_Y]
+    pose[b, POSE_ANGLE] += h * velocity[b, POSE_ANGLE]
+
+
+@uncounted
+def _body_outline(b, cos, sin, x, y, corners, faces):
+    """Corners [m] and face normals in the world, (6, 2) each, of a body whose centre of mass is at (x, y)."""
+    x, y = x + sin * BODY_CENTER[b], y - cos * BODY_CENTER[b]
+    for i in range(BODY_N_CORNERS[b]):
+        corners[i, 0] = cos * BODY_CORNERS[b, i, 0] - sin * BODY_CORNERS[b, i, 1] + x
+        corners[i, 1] = sin * BODY_CORNERS[b, i, 0] + cos * BODY_CORNERS[b, i, 1] + y
+        faces[i, 0] = cos * BODY_FACES[b, i, 0] - sin * BODY_FACES[b, i, 1]
+        faces[i, 1] = sin * BODY_FACES[b, i, 0] + cos * BODY_FACES[b, i, 1]
+
+
+@uncounted
+def _body_edges(b, start, pose, terrain):
+    """First and last edge that a body may touch anywhere between two poses; if none, the last is before the first."""
+    low = min(start[b, POSE_X], pose[b, POSE_X]) - BODY_REACH[b]
+    high = max(start[b, POSE_X], pose[b, POSE_X]) + BODY_REACH[b]
+    first = max(int(low / MOON_CHUNK_WIDTH), 0)
+    last = min(int(high / MOON_CHUNK_WIDTH), MOON_CHUNKS - 1)
+    ground = F32_ZERO
+    for i in range(first, last + 2):
+        ground = max(ground, terrain[i])
+    return (first, last) if min(start[b, POSE_Y], pose[b, POSE_Y]) - BODY_REACH[b] <= ground else (0, -1)
+
+
+# ---- Joints ----
+
+
 @uncounted
 def _joint_prepare(k, lane, pose, velocity, rotation, impulse, limit, rows):
     """b2RevoluteJoint::InitVelocityConstraints: effective masses, limit, warm start."""
-    b, at = 1 + k, (JOINT + k * JOINT_ROWS) * LANES + lane
-    cos_a, sin_a, cos_b, sin_b = rotation[0, 0], rotation[0, 1], rotation[b, 0], rotation[b, 1]
-    ax, ay = sin_a * CENTER[0], -(cos_a * CENTER[0])
+    b = BODY_RIGHT_LEG + k
+
+    # The hinge's velocity per impulse there, K, from the arms.
+    cos_a, sin_a = rotation[BODY_LANDER, ROTATION_COS], rotation[BODY_LANDER, ROTATION_SIN]
+    cos_b, sin_b = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+    ax, ay = sin_a * BODY_CENTER[BODY_LANDER], -(cos_a * BODY_CENTER[BODY_LANDER])
     bx = cos_b * LEG_ANCHOR[k, 0] - sin_b * LEG_ANCHOR[k, 1]
     by = sin_b * LEG_ANCHOR[k, 0] + cos_b * LEG_ANCHOR[k, 1]
-    m_a, m_b, i_a, i_b = INV_MASS[0], INV_MASS[b], INV_INERTIA[0], INV_INERTIA[b]
+    m_a = BODY_INV_MASS[BODY_LANDER]
+    m_b = BODY_INV_MASS[b]
+    i_a = BODY_INV_INERTIA[BODY_LANDER]
+    i_b = BODY_INV_INERTIA[b]
     k11 = m_a + m_b + ay * ay * i_a + by * by * i_b
     k12 = -ay * ax * i_a - by * bx * i_b
     k13 = -ay * i_a - by * i_b
     k22 = m_a + m_b + ax * ax * i_a + bx * bx * i_b
     k23 = ax * i_a + bx * i_b
     k33 = i_a + i_b
-    c1, c2, c3 = k22 * k33 - k23 * k23, k23 * k13 - k12 * k33, k12 * k23 - k22 * k13
+    c1 = k22 * k33 - k23 * k23
+    c2 = k23 * k13 - k12 * k33
+    c3 = k12 * k23 - k22 * k13
 
-    angle = pose[b, ANGLE] - pose[0, ANGLE] - LEG_REFERENCE[k]
-    state = -1 if angle <= LOWER_ANGLE[k] else 1 if angle >= UPPER_ANGLE[k] else 0
+    # At which limit the leg is; a limit that it has left, or come to, has no impulse yet.
+    angle = pose[b, POSE_ANGLE] - pose[BODY_LANDER, POSE_ANGLE] - LEG_REFERENCE[k]
+    state = -1 if angle <= LEG_LOWER_ANGLE[k] else 1 if angle >= LEG_UPPER_ANGLE[k] else 0
     if state == 0 or state != limit[k]:
-        impulse[k, LIMIT] = ZERO
+        impulse[k, IMPULSE_LIMIT] = F32_ZERO
     limit[k] = state
-    x, y, turn = impulse[k, X], impulse[k, Y], impulse[k, MOTOR]
-    velocity[0, X] -= m_a * x
-    velocity[0, Y] -= m_a * y
-    velocity[0, ANGLE] -= i_a * (ax * y - ay * x + turn + impulse[k, LIMIT])
-    velocity[b, X] += m_b * x
-    velocity[b, Y] += m_b * y
-    velocity[b, ANGLE] += i_b * (bx * y - by * x + turn + impulse[k, LIMIT])
 
-    rows[at + AX * LANES], rows[at + AY * LANES] = ax, ay
-    rows[at + BX * LANES], rows[at + BY * LANES] = bx, by
-    rows[at + K11 * LANES], rows[at + K12 * LANES], rows[at + K13 * LANES] = k11, k12, k13
-    rows[at + K22 * LANES], rows[at + K23 * LANES], rows[at + K33 * LANES] = k22, k23, k33
-    rows[at + C1 * LANES], rows[at + C2 * LANES], rows[at + C3 * LANES] = c1, c2, c3
-    rows[at + INV_DET2 * LANES] = ONE / (k11 * k22 - k12 * k12)
-    rows[at + INV_DET3 * LANES] = ONE / (k11 * c1 + k12 * c2 + k13 * c3)
-    rows[at + MOTOR_MASS * LANES] = ONE / k33
-    rows[at + STATE * LANES] = f32(state)
+    # Warm start: the impulses of the last step once more.
+    x, y = impulse[k, IMPULSE_X], impulse[k, IMPULSE_Y]
+    turn = impulse[k, IMPULSE_MOTOR]
+    velocity[BODY_LANDER, POSE_X] -= m_a * x
+    velocity[BODY_LANDER, POSE_Y] -= m_a * y
+    velocity[BODY_LANDER, POSE_ANGLE] -= i_a * (ax * y - ay * x + turn + impulse[k, IMPULSE_LIMIT])
+    velocity[b, POSE_X] += m_b * x
+    velocity[b, POSE_Y] += m_b * y
+    velocity[b, POSE_ANGLE] += i_b * (bx * y - by * x + turn + impulse[k, IMPULSE_LIMIT])
+
+    # Into the lane.
+    at = ROW_JOINT + k * JOINT_STRIDE + lane
+    rows[at + JOINT_AX], rows[at + JOINT_AY] = ax, ay
+    rows[at + JOINT_BX], rows[at + JOINT_BY] = bx, by
+    rows[at + JOINT_K11] = k11
+    rows[at + JOINT_K12] = k12
+    rows[at + JOINT_K13] = k13
+    rows[at + JOINT_K22] = k22
+    rows[at + JOINT_K23] = k23
+    rows[at + JOINT_K33] = k33
+    rows[at + JOINT_C1] = c1
+    rows[at + JOINT_C2] = c2
+    rows[at + JOINT_C3] = c3
+    rows[at + JOINT_INV_DET2] = F32_ONE / (k11 * k22 - k12 * k12)
+    rows[at + JOINT_INV_DET3] = F32_ONE / (k11 * c1 + k12 * c2 + k13 * c3)
+    rows[at + JOINT_MOTOR_MASS] = F32_ONE / k33
+    rows[at + JOINT_LIMIT] = f32(state)
 
 
 @inlined
@@ -3673,356 +4022,529 @@ def _joint_velocity(k, rows):
 
     Like all that is done to lanes, without branches and without calls that take an array: then it becomes vector code.
     """
-    b = 1 + k
-    m_a, m_b, i_a, i_b = INV_MASS[0], INV_MASS[b], INV_INERTIA[0], INV_INERTIA[b]
-    for lane in range(LANES):
-        at_a, at_b = VELOCITY * LANES + lane, (VELOCITY + 3 * b) * LANES + lane
-        at_i, at = (IMPULSE + 4 * k) * LANES + lane, (JOINT + k * JOINT_ROWS) * LANES + lane
-        ax, ay, bx, by = rows[at + AX * LANES], rows[at + AY * LANES], rows[at + BX * LANES], rows[at + BY * LANES]
-        k11, k12, k13 = rows[at + K11 * LANES], rows[at + K12 * LANES], rows[at + K13 * LANES]
-        k22, k23, k33 = rows[at + K22 * LANES], rows[at + K23 * LANES], rows[at + K33 * LANES]
-        inv2, inv3, state = rows[at + INV_DET2 * LANES], rows[at + INV_DET3 * LANES], rows[at + STATE * LANES]
-        vx_a, vy_a, w_a = rows[at_a + X * LANES], rows[at_a + Y * LANES], rows[at_a + ANGLE * LANES]
-        vx_b, vy_b, w_b = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
+    b = BODY_RIGHT_LEG + k
+    m_a = BODY_INV_MASS[BODY_LANDER]
+    m_b = BODY_INV_MASS[b]
+    i_a = BODY_INV_INERTIA[BODY_LANDER]
+    i_b = BODY_INV_INERTIA[b]
+    for lane in range(LANDER_LANES):
+        at_a = ROW_VELOCITY + lane
+        at_b = ROW_VELOCITY + b * VELOCITY_STRIDE + lane
+        at_i = ROW_IMPULSE + k * IMPULSE_STRIDE + lane
+        at = ROW_JOINT + k * JOINT_STRIDE + lane
+        ax, ay = rows[at + JOINT_AX], rows[at + JOINT_AY]
+        bx, by = rows[at + JOINT_BX], rows[at + JOINT_BY]
+        k11 = rows[at + JOINT_K11]
+        k12 = rows[at + JOINT_K12]
+        k13 = rows[at + JOINT_K13]
+        k22 = rows[at + JOINT_K22]
+        k23 = rows[at + JOINT_K23]
+        k33 = rows[at + JOINT_K33]
+        inv2 = rows[at + JOINT_INV_DET2]
+        inv3 = rows[at + JOINT_INV_DET3]
+        state = rows[at + JOINT_LIMIT]
+        vx_a, vy_a = rows[at_a + ROW_X], rows[at_a + ROW_Y]
+        w_a = rows[at_a + ROW_ANGLE]
+        vx_b, vy_b = rows[at_b + ROW_X], rows[at_b + ROW_Y]
+        w_b = rows[at_b + ROW_ANGLE]
 
-        old = rows[at_i + MOTOR * LANES]
+        # The motor turns the leg at its speed, as far as its torque allows.
+        old = rows[at_i + ROW_MOTOR]
         new = _clamp(
-            old - rows[at + MOTOR_MASS * LANES] * (w_b - w_a - MOTOR_SPEED[k]), -MAX_MOTOR_IMPULSE, MAX_MOTOR_IMPULSE
+            old - rows[at + JOINT_MOTOR_MASS] * (w_b - w_a - LEG_MOTOR_SPEED[k]),
+            -LEG_MAX_MOTOR_IMPULSE,
+            LEG_MAX_MOTOR_IMPULSE,
         )
-        rows[at_i + MOTOR * LANES] = new
+        rows[at_i + ROW_MOTOR] = new
         w_a -= i_a * (new - old)
         w_b += i_b * (new - old)
 
-        dx, dy, spin = vx_b - w_b * by - vx_a + w_a * ay, vy_b + w_b * bx - vy_a - w_a * ax, w_b - w_a
-        x3 = -(inv3 * (dx * rows[at + C1 * LANES] + dy * rows[at + C2 * LANES] + spin * rows[at + C3 * LANES]))
+        # Limit and hinge: the impulses (x3, y3, turn) that stop the hinge from coming apart, (dx, dy), and the leg from
+        # turning; and (x2, y2) for the hinge alone, with the limit's impulse taken back.
+        dx = vx_b - w_b * by - vx_a + w_a * ay
+        dy = vy_b + w_b * bx - vy_a - w_a * ax
+        spin = w_b - w_a
+        x3 = -(inv3 * (dx * rows[at + JOINT_C1] + dy * rows[at + JOINT_C2] + spin * rows[at + JOINT_C3]))
         y3 = -(inv3 * (k11 * (dy * k33 - spin * k23) + k12 * (spin * k13 - dx * k33) + k13 * (dx * k23 - dy * k13)))
         turn = -(inv3 * (k11 * (k22 * spin - k23 * dy) + k12 * (k23 * dx - k12 * spin) + k13 * (k12 * dy - k22 * dx)))
-        limit = rows[at_i + LIMIT * LANES]
-        held = (state != ZERO) & (state * (limit + turn) <= ZERO)  # a limit pushes, and never pulls
+        limit = rows[at_i + ROW_LIMIT]
+        held = (state != F32_ZERO) & (state * (limit + turn) <= F32_ZERO)  # a limit pushes, and never pulls
         dx, dy = dx - limit * k13, dy - limit * k23
         x2, y2 = inv2 * (k22 * -dx - k12 * -dy), inv2 * (k11 * -dy - k12 * -dx)
-        x, y, turn = x3 if held else x2, y3 if held else y2, turn if held else -limit
-        rows[at_i + X * LANES] += x
-        rows[at_i + Y * LANES] += y
-        rows[at_i + LIMIT * LANES] = limit + turn
-        rows[at_a + X * LANES] = vx_a - m_a * x
-        rows[at_a + Y * LANES] = vy_a - m_a * y
-        rows[at_a + ANGLE * LANES] = w_a - i_a * (ax * y - ay * x + turn)
-        rows[at_b + X * LANES] = vx_b + m_b * x
-        rows[at_b + Y * LANES] = vy_b + m_b * y
-        rows[at_b + ANGLE * LANES] = w_b + i_b * (bx * y - by * x + turn)
+        x = x3 if held else x2
+        y = y3 if held else y2
+        turn = turn if held else -limit
+
+        # Back into the lane.
+        rows[at_i + ROW_X] += x
+        rows[at_i + ROW_Y] += y
+        rows[at_i + ROW_LIMIT] = limit + turn
+        rows[at_a + ROW_X] = vx_a - m_a * x
+        rows[at_a + ROW_Y] = vy_a - m_a * y
+        rows[at_a + ROW_ANGLE] = w_a - i_a * (ax * y - ay * x + turn)
+        rows[at_b + ROW_X] = vx_b + m_b * x
+        rows[at_b + ROW_Y] = vy_b + m_b * y
+        rows[at_b + ROW_ANGLE] = w_b + i_b * (bx * y - by * x + turn)
 
 
 @uncounted
 def _joint_position(k, pose, limit):
     """b2RevoluteJoint::SolvePositionConstraints: pull limit and hinge together; True if they were near enough."""
-    b = 1 + k
-    m_a, m_b, i_a, i_b = INV_MASS[0], INV_MASS[b], INV_INERTIA[0], INV_INERTIA[b]
-    angle_a, angle_b = pose[0, ANGLE], pose[b, ANGLE]
-    angular_error = ZERO
+    b = BODY_RIGHT_LEG + k
+    m_a = BODY_INV_MASS[BODY_LANDER]
+    m_b = BODY_INV_MASS[b]
+    i_a = BODY_INV_INERTIA[BODY_LANDER]
+    i_b = BODY_INV_INERTIA[b]
+    angle_a = pose[BODY_LANDER, POSE_ANGLE]
+    angle_b = pose[b, POSE_ANGLE]
+
+    # The limit: turn both bodies until the leg is back, or by the largest correction.
+    angular_error = F32_ZERO
     if limit[k] != 0:
         angle = angle_b - angle_a - LEG_REFERENCE[k]
         if limit[k] < 0:
-            c = angle - LOWER_ANGLE[k]
+            c = angle - LEG_LOWER_ANGLE[k]
             angular_error = -c
-            c = _clamp(c + ANGULAR_SLOP, -MAX_ANGULAR_CORRECTION, ZERO)
+            c = _clamp(c + BOX2D_ANGULAR_SLOP, -BOX2D_MAX_ANGULAR_CORRECTION, F32_ZERO)
         else:
-            c = angle - UPPER_ANGLE[k]
+            c = angle - LEG_UPPER_ANGLE[k]
             angular_error = c
-            c = _clamp(c - ANGULAR_SLOP, ZERO, MAX_ANGULAR_CORRECTION)
-        turn = -(ONE / (i_a + i_b)) * c
+            c = _clamp(c - BOX2D_ANGULAR_SLOP, F32_ZERO, BOX2D_MAX_ANGULAR_CORRECTION)
+        turn = -(F32_ONE / (i_a + i_b)) * c
         angle_a -= i_a * turn
         angle_b += i_b * turn
-    cos_a, sin_a, cos_b, sin_b = math.cos(angle_a), math.sin(angle_a), math.cos(angle_b), math.sin(angle_b)
-    ax, ay = sin_a * CENTER[0], -(cos_a * CENTER[0])
+
+    # The hinge: bring the two ends (dx, dy) together.
+    cos_a, sin_a = math.cos(angle_a), math.sin(angle_a)
+    cos_b, sin_b = math.cos(angle_b), math.sin(angle_b)
+    ax, ay = sin_a * BODY_CENTER[BODY_LANDER], -(cos_a * BODY_CENTER[BODY_LANDER])
     bx = cos_b * LEG_ANCHOR[k, 0] - sin_b * LEG_ANCHOR[k, 1]
     by = sin_b * LEG_ANCHOR[k, 0] + cos_b * LEG_ANCHOR[k, 1]
-    dx, dy = pose[b, X] + bx - pose[0, X] - ax, pose[b, Y] + by - pose[0, Y] - ay
+    dx = pose[b, POSE_X] + bx - pose[BODY_LANDER, POSE_X] - ax
+    dy = pose[b, POSE_Y] + by - pose[BODY_LANDER, POSE_Y] - ay
     k11 = m_a + m_b + i_a * ay * ay + i_b * by * by
     k12 = -i_a * ax * ay - i_b * bx * by
     k22 = m_a + m_b + i_a * ax * ax + i_b * bx * bx
-    inv = ONE / (k11 * k22 - k12 * k12)
+    inv = F32_ONE / (k11 * k22 - k12 * k12)
     x, y = -(inv * (k22 * dx - k12 * dy)), -(inv * (k11 * dy - k12 * dx))
-    pose[0, X] -= m_a * x
-    pose[0, Y] -= m_a * y
-    pose[0, ANGLE] = angle_a - i_a * (ax * y - ay * x)
-    pose[b, X] += m_b * x
-    pose[b, Y] += m_b * y
-    pose[b, ANGLE] = angle_b + i_b * (bx * y - by * x)
-    return math.sqrt(dx * dx + dy * dy) <= LINEAR_SLOP and angular_error <= ANGULAR_SLOP
+    pose[BODY_LANDER, POSE_X] -= m_a * x
+    pose[BODY_LANDER, POSE_Y] -= m_a * y
+    pose[BODY_LANDER, POSE_ANGLE] = angle_a - i_a * (ax * y - ay * x)
+    pose[b, POSE_X] += m_b * x
+    pose[b, POSE_Y] += m_b * y
+    pose[b, POSE_ANGLE] = angle_b + i_b * (bx * y - by * x)
+    return math.sqrt(dx * dx + dy * dy) <= BOX2D_LINEAR_SLOP and angular_error <= BOX2D_ANGULAR_SLOP
+
+
+# ---- Contacts: where a body touches the ground ----
 
 
 @uncounted
-def _outline(b, cos, sin, x, y, corners, faces):
-    """Corners and face normals in the world, of a body whose centre of mass is at x, y."""
-    x, y = x + sin * CENTER[b], y - cos * CENTER[b]
-    for i in range(N_CORNERS[b]):
-        corners[i, 0] = cos * CORNERS[b, i, 0] - sin * CORNERS[b, i, 1] + x
-        corners[i, 1] = sin * CORNERS[b, i, 0] + cos * CORNERS[b, i, 1] + y
-        faces[i, 0] = cos * FACES[b, i, 0] - sin * FACES[b, i, 1]
-        faces[i, 1] = sin * FACES[b, i, 0] + cos * FACES[b, i, 1]
+def _contact_clip(nx, ny, offset, face, x1, y1, id1, x2, y2, id2):
+    """b2ClipSegmentToLine: what of a segment lies behind a line through corner `face`, of normal (nx, ny).
 
-
-@uncounted
-def _clip(nx, ny, offset, face, x1, y1, id1, x2, y2, id2):
-    """b2ClipSegmentToLine: the segment behind a line; False as the first value if nothing is left."""
-    d1, d2 = nx * x1 + ny * y1 - offset, nx * x2 + ny * y2 - offset
-    if d1 > ZERO and d2 > ZERO:
+    Returns whether anything is left, then x, y and feature of either end of it.
+    """
+    d1 = nx * x1 + ny * y1 - offset
+    d2 = nx * x2 + ny * y2 - offset
+    if d1 > F32_ZERO and d2 > F32_ZERO:
         return False, x1, y1, id1, x2, y2, id2
-    if d1 * d2 < ZERO:
+    if d1 * d2 < F32_ZERO:
         t = d1 / (d1 - d2)
-        x, y, new = x1 + t * (x2 - x1), y1 + t * (y2 - y1), face + 8 * (id1 // 8 % 8) + 128
-        if d1 > ZERO:  # what is behind the line comes first
-            x1, y1, id1 = x2, y2, id2
+        x, y = x1 + t * (x2 - x1), y1 + t * (y2 - y1)
+        new = face + FEATURE_INDEX_B * (id1 // FEATURE_INDEX_B % FEATURE_INDEX_B) + FEATURE_FACE_B
+        if d1 > F32_ZERO:  # what is behind the line comes first
+            x1, y1 = x2, y2
+            id1 = id2
         return True, x1, y1, id1, x, y, new
-    return d1 <= ZERO and d2 <= ZERO, x1, y1, id1, x2, y2, id2
+    return d1 <= F32_ZERO and d2 <= F32_ZERO, x1, y1, id1, x2, y2, id2
 
 
 @uncounted
-def _manifold(b, cos, sin, x, y, x1, y1, x2, y2, corners, faces, contact, kind, feature):
-    """b2EPCollider::Collide for one body and one edge, into one row of the contacts; the number of points."""
-    n = N_CORNERS[b]
-    feature[0] = feature[1] = -1
+def _contact_manifold(b, cos, sin, x, y, x1, y1, x2, y2, corners, faces, contact, kind, feature):
+    """b2EPCollider::Collide for a body and the edge from (x1, y1) to (x2, y2), into rows of the contacts.
+
+    (x, y) is the body's centre of mass; `corners` and `faces` are of its outline. Returns the number of points, 0 to 2.
+    """
+    n = BODY_N_CORNERS[b]
+    feature[0] = -1
+    feature[1] = -1
+
+    # The edge's normal, on the side where the body is.
     ex, ey = x2 - x1, y2 - y1
-    inv = ONE / math.sqrt(ex * ex + ey * ey)
+    inv = F32_ONE / math.sqrt(ex * ex + ey * ey)
     ex, ey = ex * inv, ey * inv
     nx, ny = ey, -ex
-    front = nx * (x - x1) + ny * (y - y1) >= ZERO
+    front = nx * (x - x1) + ny * (y - y1) >= F32_ZERO
     if not front:
         nx, ny = -nx, -ny
 
-    edge_gap = f32(np.inf)
+    # How far apart they are along the edge's normal, and along that of the face that separates them most.
+    edge_gap = F32_INF
     for i in range(n):
         edge_gap = min(edge_gap, nx * (corners[i, 0] - x1) + ny * (corners[i, 1] - y1))
-    if edge_gap > TWO * SKIN:
+    if edge_gap > F32_TWO * BOX2D_SKIN:
         return 0
-    body_gap, face = f32(-np.inf), 0
+    body_gap = -F32_INF
+    face = 0
     for i in range(n):
         s1 = -faces[i, 0] * (corners[i, 0] - x1) - faces[i, 1] * (corners[i, 1] - y1)
         s2 = -faces[i, 0] * (corners[i, 0] - x2) - faces[i, 1] * (corners[i, 1] - y2)
         gap = min(s1, s2)
-        if gap > TWO * SKIN:
+        if gap > F32_TWO * BOX2D_SKIN:
             return 0
         if gap > body_gap:
-            body_gap, face = gap, i
+            body_gap = gap
+            face = i
 
+    # The one whose normal separates more carries the contact, the edge when in doubt: its face goes from (fx1, fy1) to
+    # (fx2, fy2). What lies against it of the other goes from (px1, py1) to (px2, py2).
     if body_gap > f32(0.98) * edge_gap + f32(0.001):
-        kind[KIND] = ON_BODY
+        kind[MANIFOLD_KIND] = MANIFOLD_ON_BODY
         after = face + 1 if face + 1 < n else 0
-        side, other = face, after
-        fx1, fy1, fx2, fy2 = corners[face, 0], corners[face, 1], corners[after, 0], corners[after, 1]
+        side = face
+        other = after
+        fx1, fy1 = corners[face, 0], corners[face, 1]
+        fx2, fy2 = corners[after, 0], corners[after, 1]
         nx, ny = faces[face, 0], faces[face, 1]
-        px1, py1, id1, px2, py2, id2 = x1, y1, 8 * face + 128, x2, y2, 8 * face + 128
+        px1, py1 = x1, y1
+        id1 = FEATURE_INDEX_B * face + FEATURE_FACE_B
+        px2, py2 = x2, y2
+        id2 = FEATURE_INDEX_B * face + FEATURE_FACE_B
     else:
-        kind[KIND] = ON_EDGE
-        face, least = 0, nx * faces[0, 0] + ny * faces[0, 1]
+        kind[MANIFOLD_KIND] = MANIFOLD_ON_EDGE
+        face = 0
+        least = nx * faces[0, 0] + ny * faces[0, 1]
         for i in range(1, n):
             value = nx * faces[i, 0] + ny * faces[i, 1]
             if value < least:
-                face, least = i, value
+                face = i
+                least = value
         after = face + 1 if face + 1 < n else 0
-        px1, py1, id1 = corners[face, 0], corners[face, 1], 8 * face + 64
-        px2, py2, id2 = corners[after, 0], corners[after, 1], 8 * after + 64
-        side, other = (0, 1) if front else (1, 0)
-        fx1, fy1, fx2, fy2 = (x1, y1, x2, y2) if front else (x2, y2, x1, y1)
+        px1, py1 = corners[face, 0], corners[face, 1]
+        id1 = FEATURE_INDEX_B * face + FEATURE_FACE_A
+        px2, py2 = corners[after, 0], corners[after, 1]
+        id2 = FEATURE_INDEX_B * after + FEATURE_FACE_A
+        side = 0 if front else 1
+        other = 1 - side
+        fx1, fy1 = (x1, y1) if front else (x2, y2)
+        fx2, fy2 = (x2, y2) if front else (x1, y1)
+
+    # Cut off what lies beyond either end of the face.
     tx, ty = ny, -nx
-    ok, px1, py1, id1, px2, py2, id2 = _clip(tx, ty, tx * fx1 + ty * fy1, side, px1, py1, id1, px2, py2, id2)
+    ok, px1, py1, id1, px2, py2, id2 = _contact_clip(tx, ty, tx * fx1 + ty * fy1, side, px1, py1, id1, px2, py2, id2)
     if not ok:
         return 0
     tx, ty = -tx, -ty
-    ok, px1, py1, id1, px2, py2, id2 = _clip(tx, ty, tx * fx2 + ty * fy2, other, px1, py1, id1, px2, py2, id2)
+    ok, px1, py1, id1, px2, py2, id2 = _contact_clip(tx, ty, tx * fx2 + ty * fy2, other, px1, py1, id1, px2, py2, id2)
     if not ok:
         return 0
 
-    if kind[KIND] == ON_EDGE:
-        contact[LOCAL_NX], contact[LOCAL_NY], contact[LOCAL_X], contact[LOCAL_Y] = nx, ny, fx1, fy1
+    # The face in the frame of what carries it; the points that are near enough to it in that of the other.
+    if kind[MANIFOLD_KIND] == MANIFOLD_ON_EDGE:
+        contact[MANIFOLD_NX], contact[MANIFOLD_NY] = nx, ny
+        contact[MANIFOLD_X], contact[MANIFOLD_Y] = fx1, fy1
     else:
-        contact[LOCAL_NX], contact[LOCAL_NY] = FACES[b, side, 0], FACES[b, side, 1]
-        contact[LOCAL_X], contact[LOCAL_Y] = CORNERS[b, side, 0], CORNERS[b, side, 1]
+        contact[MANIFOLD_NX], contact[MANIFOLD_NY] = BODY_FACES[b, side, 0], BODY_FACES[b, side, 1]
+        contact[MANIFOLD_X], contact[MANIFOLD_Y] = BODY_CORNERS[b, side, 0], BODY_CORNERS[b, side, 1]
     points = 0
-    origin_x, origin_y = x + sin * CENTER[b], y - cos * CENTER[b]
+    origin_x, origin_y = x + sin * BODY_CENTER[b], y - cos * BODY_CENTER[b]
     for i in range(2):
-        px, py, which = (px1, py1, id1) if i == 0 else (px2, py2, id2)
-        if nx * (px - fx1) + ny * (py - fy1) <= TWO * SKIN:
-            if kind[KIND] == ON_EDGE:
+        px, py = (px1, py1) if i == 0 else (px2, py2)
+        which = id1 if i == 0 else id2
+        if nx * (px - fx1) + ny * (py - fy1) <= F32_TWO * BOX2D_SKIN:
+            if kind[MANIFOLD_KIND] == MANIFOLD_ON_EDGE:
                 px, py = px - origin_x, py - origin_y
                 px, py = cos * px + sin * py, -sin * px + cos * py
             else:  # the features of body and edge change places
-                which = which // 8 % 8 + 8 * (which % 8) + 64 * (which // 128) + 128 * (which // 64 % 2)
-            contact[POINT_X + 2 * points], contact[POINT_Y + 2 * points] = px, py
+                index_a = which % FEATURE_INDEX_B
+                index_b = which // FEATURE_INDEX_B % FEATURE_INDEX_B
+                face_a = which // FEATURE_FACE_A % 2
+                face_b = which // FEATURE_FACE_B
+                which = index_b + FEATURE_INDEX_B * index_a + FEATURE_FACE_A * face_b + FEATURE_FACE_B * face_a
+            contact[MANIFOLD_POINT_X + 2 * points], contact[MANIFOLD_POINT_Y + 2 * points] = px, py
             feature[points] = which
             points += 1
     return points
 
 
 @uncounted
-def _update_contact(b, slot, edge, lane, lander, scratch):
-    """b2Contact::Update: the manifold, with the impulses of the points that it had before, and what begins or ends."""
-    pose, terrain, touched, feature = lander.pose, lander.terrain, lander.touched, lander.feature
-    impulse, grounded, rotation = lander.contact_impulse, lander.grounded, scratch.rotation
-    contact, kind, row = scratch.contact[lane], scratch.contact_kind[lane], 2 * b + slot
-    old0, old1 = feature[b, slot, 0], feature[b, slot, 1]
-    n0, t0, n1, t1 = impulse[b, slot, 0, 0], impulse[b, slot, 0, 1], impulse[b, slot, 1, 0], impulse[b, slot, 1, 1]
+def _contact_update(b, slot, edge, lane, lander, scratch):
+    """b2Contact::Update: the manifold, with the impulses of the points that it had before, and what begins or ends.
+
+    `scratch.rotation` and the outline in `scratch` belong to the body's pose.
+    """
+    pose = lander.pose
+    terrain = lander.terrain
+    touched = lander.touched
+    feature = lander.feature
+    impulse = lander.contact_impulse
+    grounded = lander.grounded
+    rotation = scratch.rotation
+    contact = scratch.contact[lane]
+    kind = scratch.contact_kind[lane]
+    row = 2 * b + slot
+
+    # The points of the last step, if they were on the same edge: they are known by their features.
+    old0 = feature[b, slot, 0]
+    old1 = feature[b, slot, 1]
+    n0 = impulse[b, slot, 0, IMPULSE_NORMAL]
+    t0 = impulse[b, slot, 0, IMPULSE_TANGENT]
+    n1 = impulse[b, slot, 1, IMPULSE_NORMAL]
+    t1 = impulse[b, slot, 1, IMPULSE_TANGENT]
     if touched[b, slot] != edge:
-        old0 = old1 = -1
-    x1, x2 = f32(edge) * CHUNK_WIDTH, f32(edge + 1) * CHUNK_WIDTH
-    points = _manifold(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], x1, terrain[edge], x2,
-                       terrain[edge + 1], scratch.corners, scratch.faces, contact[row], kind[row],
-                       feature[b, slot])  # fmt: skip
-    kind[row, POINTS] = points
+        old0 = -1
+        old1 = -1
+
+    # The points of this step, with the impulses of those that were there before.
+    x, y = pose[b, POSE_X], pose[b, POSE_Y]
+    cos, sin = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+    x1, y1 = f32(edge) * MOON_CHUNK_WIDTH, terrain[edge]
+    x2, y2 = f32(edge + 1) * MOON_CHUNK_WIDTH, terrain[edge + 1]
+    points = _contact_manifold(b, cos, sin, x, y, x1, y1, x2, y2, scratch.corners, scratch.faces, contact[row],
+                               kind[row], feature[b, slot])  # fmt: skip
+    kind[row, MANIFOLD_POINTS] = points
     for p in range(points):
         which = feature[b, slot, p]
-        first, second = which == old0, which == old1
-        impulse[b, slot, p, 0] = n0 if first else n1 if second else ZERO
-        impulse[b, slot, p, 1] = t0 if first else t1 if second else ZERO
+        first = which == old0
+        second = which == old1
+        impulse[b, slot, p, IMPULSE_NORMAL] = n0 if first else n1 if second else F32_ZERO
+        impulse[b, slot, p, IMPULSE_TANGENT] = t0 if first else t1 if second else F32_ZERO
+
+    # b2ContactListener: Gymnasium's BeginContact and EndContact.
     before = touched[b, slot] == edge
     touched[b, slot] = edge if points > 0 else -1
     if points > 0 and not before:
         grounded[b] = True
-    if before and points == 0 and b != LANDER:
+    if before and points == 0 and b != BODY_LANDER:
         grounded[b] = False  # even if it stands on another edge, as in Gymnasium
 
 
 @uncounted
+def _contact_update_all(b, lane, lander, scratch):
+    """b2ContactManager::Collide for one body; of the two edges that it may span, the even one has slot 0."""
+    pose = lander.pose
+    rotation = scratch.rotation
+    touched = lander.touched
+    first, last = _body_edges(b, pose, pose, lander.terrain)
+    if first <= last:
+        cos, sin = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+        _body_outline(b, cos, sin, pose[b, POSE_X], pose[b, POSE_Y], scratch.corners, scratch.faces)
+
+    # Contacts end with edges that are out of reach; on those within reach, see what there is.
+    for slot in range(2):
+        scratch.contact_kind[lane, 2 * b + slot, MANIFOLD_POINTS] = 0
+        old = touched[b, slot]
+        if old >= 0 and not first <= old <= last:
+            touched[b, slot] = -1
+            if b != BODY_LANDER:
+                lander.grounded[b] = False
+    for edge in range(first, last + 1):
+        _contact_update(b, edge % 2, edge, lane, lander, scratch)
+
+
+# ---- Contacts: before the velocity iterations ----
+
+
+@uncounted
 def _contact_prepare(b, slot, lane, pose, rotation, impulse, c, kind, rows):
-    """b2ContactSolver::InitializeVelocityConstraints and b2WorldManifold::Initialize."""
-    at = (CONTACT + kind[PLACE] * CONTACT_ROWS) * LANES + lane
-    cos, sin, points = rotation[b, 0], rotation[b, 1], kind[POINTS]
-    m_b, i_b = INV_MASS[b], INV_INERTIA[b]
-    origin_x, origin_y = pose[b, X] + sin * CENTER[b], pose[b, Y] - cos * CENTER[b]
-    nx, ny, plane_x, plane_y = c[LOCAL_NX], c[LOCAL_NY], c[LOCAL_X], c[LOCAL_Y]
-    if kind[KIND] == ON_BODY:
+    """b2ContactSolver::InitializeVelocityConstraints and b2WorldManifold::Initialize.
+
+    Puts what the velocity iterations need of a contact into its lane. `c` is its manifold.
+    """
+    at = ROW_CONTACT + kind[MANIFOLD_PLACE] * CONTACT_STRIDE + lane
+
+    # The face, in the world.
+    cos, sin = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+    origin_x, origin_y = pose[b, POSE_X] + sin * BODY_CENTER[b], pose[b, POSE_Y] - cos * BODY_CENTER[b]
+    nx, ny = c[MANIFOLD_NX], c[MANIFOLD_NY]
+    plane_x, plane_y = c[MANIFOLD_X], c[MANIFOLD_Y]
+    if kind[MANIFOLD_KIND] == MANIFOLD_ON_BODY:
         nx, ny = cos * nx - sin * ny, sin * nx + cos * ny
         plane_x, plane_y = cos * plane_x - sin * plane_y + origin_x, sin * plane_x + cos * plane_y + origin_y
-    across0 = across1 = ZERO
+
+    # Each point, midway between the two surfaces, and its effective masses.
+    m_b = BODY_INV_MASS[b]
+    i_b = BODY_INV_INERTIA[b]
+    across0 = F32_ZERO
+    across1 = F32_ZERO
+    points = kind[MANIFOLD_POINTS]
     for p in range(points):
-        px, py = c[POINT_X + 2 * p], c[POINT_Y + 2 * p]
-        if kind[KIND] == ON_EDGE:
+        px, py = c[MANIFOLD_POINT_X + 2 * p], c[MANIFOLD_POINT_Y + 2 * p]
+        if kind[MANIFOLD_KIND] == MANIFOLD_ON_EDGE:
             px, py = cos * px - sin * py + origin_x, sin * px + cos * py + origin_y
-        depth = SKIN - ((px - plane_x) * nx + (py - plane_y) * ny)
-        px, py = HALF * (px + depth * nx + (px - SKIN * nx)), HALF * (py + depth * ny + (py - SKIN * ny))
-        rx, ry = px - pose[b, X], py - pose[b, Y]
-        across, along = rx * ny - ry * nx, rx * nx + ry * ny
-        across0, across1 = across1, across
-        of = at + POINT_ROWS * p * LANES
-        rows[of + ARM_X * LANES], rows[of + ARM_Y * LANES] = rx, ry
-        rows[of + NORMAL_MASS * LANES] = ONE / (m_b + i_b * across * across)
-        rows[of + TANGENT_MASS * LANES] = ONE / (m_b + i_b * along * along)
-        rows[of + NORMAL_IMPULSE * LANES] = impulse[b, slot, p, 0]
-        rows[of + TANGENT_IMPULSE * LANES] = impulse[b, slot, p, 1]
-    if kind[KIND] == ON_BODY:
+        depth = BOX2D_SKIN - ((px - plane_x) * nx + (py - plane_y) * ny)
+        px = F32_HALF * (px + depth * nx + (px - BOX2D_SKIN * nx))
+        py = F32_HALF * (py + depth * ny + (py - BOX2D_SKIN * ny))
+        rx, ry = px - pose[b, POSE_X], py - pose[b, POSE_Y]
+        across = rx * ny - ry * nx
+        along = rx * nx + ry * ny
+        across0 = across1
+        across1 = across
+        of = at + CONTACT_POINT_STRIDE * p
+        rows[of + CONTACT_ARM_X], rows[of + CONTACT_ARM_Y] = rx, ry
+        rows[of + CONTACT_NORMAL_MASS] = F32_ONE / (m_b + i_b * across * across)
+        rows[of + CONTACT_TANGENT_MASS] = F32_ONE / (m_b + i_b * along * along)
+        rows[of + CONTACT_NORMAL_IMPULSE] = impulse[b, slot, p, IMPULSE_NORMAL]
+        rows[of + CONTACT_TANGENT_IMPULSE] = impulse[b, slot, p, IMPULSE_TANGENT]
+    if kind[MANIFOLD_KIND] == MANIFOLD_ON_BODY:
         nx, ny = -nx, -ny
-    rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES] = nx, ny
-    k11, k12, k22 = m_b + i_b * across0 * across0, m_b + i_b * across0 * across1, m_b + i_b * across1 * across1
+    rows[at + CONTACT_NORMAL_X], rows[at + CONTACT_NORMAL_Y] = nx, ny
+
+    # Two points are solved together, but for those that are all but one: the second is left out, as is a missing one.
+    k11 = m_b + i_b * across0 * across0
+    k12 = m_b + i_b * across0 * across1
+    k22 = m_b + i_b * across1 * across1
     det = k11 * k22 - k12 * k12
-    kind[SOLVED] = 2 if points == 2 and k11 * k11 < MAX_CONDITION * det else 1  # the two may be all but one
-    rows[at + TWO_POINTS * LANES] = ZERO
-    if kind[SOLVED] == 2:
-        inv = ONE / det
-        rows[at + TWO_POINTS * LANES] = ONE
-        rows[at + N11 * LANES], rows[at + N12 * LANES], rows[at + N22 * LANES] = k11, k12, k22
-        rows[at + M11 * LANES], rows[at + M12 * LANES], rows[at + M22 * LANES] = inv * k22, -inv * k12, inv * k11
+    kind[MANIFOLD_SOLVED] = 2 if points == 2 and k11 * k11 < BOX2D_MAX_CONDITION * det else 1
+    rows[at + CONTACT_TWO_POINTS] = F32_ZERO
+    if kind[MANIFOLD_SOLVED] == 2:
+        inv = F32_ONE / det
+        rows[at + CONTACT_TWO_POINTS] = F32_ONE
+        rows[at + CONTACT_N11] = k11
+        rows[at + CONTACT_N12] = k12
+        rows[at + CONTACT_N22] = k22
+        rows[at + CONTACT_M11] = inv * k22
+        rows[at + CONTACT_M12] = -inv * k12
+        rows[at + CONTACT_M22] = inv * k11
     else:
-        for r in range(ARM_X + POINT_ROWS, CONTACT_ROWS):
-            rows[at + r * LANES] = ZERO
+        for r in range(CONTACT_POINT_END, CONTACT_STRIDE, LANDER_LANES):
+            rows[at + r] = F32_ZERO
 
 
 @uncounted
 def _contact_warm_start(b, place, lane, velocity, rows):
-    """b2ContactSolver::WarmStart."""
-    at = (CONTACT + place * CONTACT_ROWS) * LANES + lane
-    nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
+    """b2ContactSolver::WarmStart: the impulses of the last step once more, as a first guess."""
+    at = ROW_CONTACT + place * CONTACT_STRIDE + lane
+    nx, ny = rows[at + CONTACT_NORMAL_X], rows[at + CONTACT_NORMAL_Y]
     for p in range(2):
-        of = at + POINT_ROWS * p * LANES
-        normal, tangent = rows[of + NORMAL_IMPULSE * LANES], rows[of + TANGENT_IMPULSE * LANES]
+        of = at + CONTACT_POINT_STRIDE * p
+        normal = rows[of + CONTACT_NORMAL_IMPULSE]
+        tangent = rows[of + CONTACT_TANGENT_IMPULSE]
         x, y = normal * nx + tangent * ny, normal * ny - tangent * nx
-        velocity[b, ANGLE] += INV_INERTIA[b] * (rows[of + ARM_X * LANES] * y - rows[of + ARM_Y * LANES] * x)
-        velocity[b, X] += INV_MASS[b] * x
-        velocity[b, Y] += INV_MASS[b] * y
+        velocity[b, POSE_ANGLE] += BODY_INV_INERTIA[b] * (rows[of + CONTACT_ARM_X] * y - rows[of + CONTACT_ARM_Y] * x)
+        velocity[b, POSE_X] += BODY_INV_MASS[b] * x
+        velocity[b, POSE_Y] += BODY_INV_MASS[b] * y
+
+
+# ---- Contacts: velocity iterations, in lanes ----
 
 
 @inlined
 def _contact_friction(b, slot, p, lanes, rows):
-    """b2ContactSolver::SolveVelocityConstraints in these lanes, the first half: friction at one point.
+    """b2ContactSolver::SolveVelocityConstraints in the first `lanes` lanes, its first half: friction at one point.
 
     Where there is no contact, or no second point, the masses are zero, and so is what it does.
     """
-    m_b, i_b, friction = INV_MASS[b], INV_INERTIA[b], FRICTION[b]
+    m_b = BODY_INV_MASS[b]
+    i_b = BODY_INV_INERTIA[b]
+    friction = BODY_FRICTION[b]
     for lane in range(lanes):
-        at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
-        of = at + POINT_ROWS * p * LANES
-        nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
-        rx, ry = rows[of + ARM_X * LANES], rows[of + ARM_Y * LANES]
-        vx, vy, w = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
+        at_b = ROW_VELOCITY + b * VELOCITY_STRIDE + lane
+        at = ROW_CONTACT + (2 * b + slot) * CONTACT_STRIDE + lane
+        of = at + CONTACT_POINT_STRIDE * p
+        nx, ny = rows[at + CONTACT_NORMAL_X], rows[at + CONTACT_NORMAL_Y]
+        rx, ry = rows[of + CONTACT_ARM_X], rows[of + CONTACT_ARM_Y]
+        vx, vy = rows[at_b + ROW_X], rows[at_b + ROW_Y]
+        w = rows[at_b + ROW_ANGLE]
+
+        # Against the velocity along the ground, and at most `friction` times what presses on it.
         sliding = (vx - w * ry) * ny - (vy + w * rx) * nx
-        most, old = friction * rows[of + NORMAL_IMPULSE * LANES], rows[of + TANGENT_IMPULSE * LANES]
-        new = _clamp(old - rows[of + TANGENT_MASS * LANES] * sliding, -most, most)
-        rows[of + TANGENT_IMPULSE * LANES] = new
+        most = friction * rows[of + CONTACT_NORMAL_IMPULSE]
+        old = rows[of + CONTACT_TANGENT_IMPULSE]
+        new = _clamp(old - rows[of + CONTACT_TANGENT_MASS] * sliding, -most, most)
+        rows[of + CONTACT_TANGENT_IMPULSE] = new
+
+        # The impulse, and what it does to the body.
         x, y = (new - old) * ny, (old - new) * nx
-        rows[at_b + X * LANES] = vx + m_b * x
-        rows[at_b + Y * LANES] = vy + m_b * y
-        rows[at_b + ANGLE * LANES] = w + i_b * (rx * y - ry * x)
+        rows[at_b + ROW_X] = vx + m_b * x
+        rows[at_b + ROW_Y] = vy + m_b * y
+        rows[at_b + ROW_ANGLE] = w + i_b * (rx * y - ry * x)
 
 
 @inlined
 def _contact_normal(b, slot, lanes, rows):
     """The second half where some lane has two points: the impulses along the normal, of both together."""
-    m_b, i_b = INV_MASS[b], INV_INERTIA[b]
+    m_b = BODY_INV_MASS[b]
+    i_b = BODY_INV_INERTIA[b]
     for lane in range(lanes):
-        at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
-        nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
-        vx, vy, w = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
-        rx1, ry1, old1 = rows[at + ARM_X * LANES], rows[at + ARM_Y * LANES], rows[at + NORMAL_IMPULSE * LANES]
-        mass1, n12 = rows[at + NORMAL_MASS * LANES], rows[at + N12 * LANES]
-        of = at + POINT_ROWS * LANES
-        rx2, ry2, old2 = rows[of + ARM_X * LANES], rows[of + ARM_Y * LANES], rows[of + NORMAL_IMPULSE * LANES]
+        at_b = ROW_VELOCITY + b * VELOCITY_STRIDE + lane
+        at = ROW_CONTACT + (2 * b + slot) * CONTACT_STRIDE + lane
+        nx, ny = rows[at + CONTACT_NORMAL_X], rows[at + CONTACT_NORMAL_Y]
+        vx, vy = rows[at_b + ROW_X], rows[at_b + ROW_Y]
+        w = rows[at_b + ROW_ANGLE]
+        rx1, ry1 = rows[at + CONTACT_ARM_X], rows[at + CONTACT_ARM_Y]
+        old1 = rows[at + CONTACT_NORMAL_IMPULSE]
+        mass1 = rows[at + CONTACT_NORMAL_MASS]
+        n12 = rows[at + CONTACT_N12]
+        of = at + CONTACT_POINT_STRIDE
+        rx2, ry2 = rows[of + CONTACT_ARM_X], rows[of + CONTACT_ARM_Y]
+        old2 = rows[of + CONTACT_NORMAL_IMPULSE]
+
+        # The velocities of the points away from the ground; the impulse at point 1 where it is solved alone.
         approach1 = (vx - w * ry1) * nx + (vy + w * rx1) * ny
         approach2 = (vx - w * ry2) * nx + (vy + w * rx2) * ny
-        single = max(old1 - mass1 * approach1, ZERO)
+        single = max(old1 - mass1 * approach1, F32_ZERO)
+
         # For two points, the first that holds of: both push, only the first, only the second, neither; else leave it.
-        b1 = approach1 - (rows[at + N11 * LANES] * old1 + n12 * old2)
-        b2 = approach2 - (n12 * old1 + rows[at + N22 * LANES] * old2)
-        both1 = -(rows[at + M11 * LANES] * b1 + rows[at + M12 * LANES] * b2)
-        both2 = -(rows[at + M12 * LANES] * b1 + rows[at + M22 * LANES] * b2)
-        only1, only2 = -mass1 * b1, -rows[of + NORMAL_MASS * LANES] * b2
-        neither = (b1 >= ZERO) & (b2 >= ZERO)
-        new1, new2 = ZERO if neither else old1, ZERO if neither else old2
-        second = (only2 >= ZERO) & (n12 * only2 + b1 >= ZERO)
-        new1, new2 = ZERO if second else new1, only2 if second else new2
-        first = (only1 >= ZERO) & (n12 * only1 + b2 >= ZERO)
-        new1, new2 = only1 if first else new1, ZERO if first else new2
-        both = (both1 >= ZERO) & (both2 >= ZERO)
-        new1, new2 = both1 if both else new1, both2 if both else new2
-        two = rows[at + TWO_POINTS * LANES] > ZERO
-        new1, new2 = new1 if two else single, new2 if two else ZERO
-        rows[at + NORMAL_IMPULSE * LANES], rows[of + NORMAL_IMPULSE * LANES] = new1, new2
-        x1, y1, x2, y2 = (new1 - old1) * nx, (new1 - old1) * ny, (new2 - old2) * nx, (new2 - old2) * ny
-        rows[at_b + X * LANES] = vx + m_b * (x1 + x2)
-        rows[at_b + Y * LANES] = vy + m_b * (y1 + y2)
-        rows[at_b + ANGLE * LANES] = w + i_b * (rx1 * y1 - ry1 * x1 + (rx2 * y2 - ry2 * x2))
+        # (b1, b2) are the velocities without the impulses. In lanes nothing branches: the first to hold comes last.
+        b1 = approach1 - (rows[at + CONTACT_N11] * old1 + n12 * old2)
+        b2 = approach2 - (n12 * old1 + rows[at + CONTACT_N22] * old2)
+        both1 = -(rows[at + CONTACT_M11] * b1 + rows[at + CONTACT_M12] * b2)
+        both2 = -(rows[at + CONTACT_M12] * b1 + rows[at + CONTACT_M22] * b2)
+        only1 = -mass1 * b1
+        only2 = -rows[of + CONTACT_NORMAL_MASS] * b2
+        neither = (b1 >= F32_ZERO) & (b2 >= F32_ZERO)
+        new1 = F32_ZERO if neither else old1
+        new2 = F32_ZERO if neither else old2
+        second = (only2 >= F32_ZERO) & (n12 * only2 + b1 >= F32_ZERO)
+        new1 = F32_ZERO if second else new1
+        new2 = only2 if second else new2
+        first = (only1 >= F32_ZERO) & (n12 * only1 + b2 >= F32_ZERO)
+        new1 = only1 if first else new1
+        new2 = F32_ZERO if first else new2
+        both = (both1 >= F32_ZERO) & (both2 >= F32_ZERO)
+        new1 = both1 if both else new1
+        new2 = both2 if both else new2
+        two = rows[at + CONTACT_TWO_POINTS] > F32_ZERO
+        new1 = new1 if two else single
+        new2 = new2 if two else F32_ZERO
+        rows[at + CONTACT_NORMAL_IMPULSE] = new1
+        rows[of + CONTACT_NORMAL_IMPULSE] = new2
+
+        # The impulses, and what they do to the body.
+        x1, y1 = (new1 - old1) * nx, (new1 - old1) * ny
+        x2, y2 = (new2 - old2) * nx, (new2 - old2) * ny
+        rows[at_b + ROW_X] = vx + m_b * (x1 + x2)
+        rows[at_b + ROW_Y] = vy + m_b * (y1 + y2)
+        rows[at_b + ROW_ANGLE] = w + i_b * (rx1 * y1 - ry1 * x1 + (rx2 * y2 - ry2 * x2))
 
 
 @inlined
 def _contact_normal_single(b, slot, lanes, rows):
     """The second half where no lane has two points."""
-    m_b, i_b = INV_MASS[b], INV_INERTIA[b]
+    m_b = BODY_INV_MASS[b]
+    i_b = BODY_INV_INERTIA[b]
     for lane in range(lanes):
-        at_b, at = (VELOCITY + 3 * b) * LANES + lane, (CONTACT + (2 * b + slot) * CONTACT_ROWS) * LANES + lane
-        nx, ny = rows[at + NORMAL_X * LANES], rows[at + NORMAL_Y * LANES]
-        vx, vy, w = rows[at_b + X * LANES], rows[at_b + Y * LANES], rows[at_b + ANGLE * LANES]
-        rx, ry, old = rows[at + ARM_X * LANES], rows[at + ARM_Y * LANES], rows[at + NORMAL_IMPULSE * LANES]
+        at_b = ROW_VELOCITY + b * VELOCITY_STRIDE + lane
+        at = ROW_CONTACT + (2 * b + slot) * CONTACT_STRIDE + lane
+        nx, ny = rows[at + CONTACT_NORMAL_X], rows[at + CONTACT_NORMAL_Y]
+        vx, vy = rows[at_b + ROW_X], rows[at_b + ROW_Y]
+        w = rows[at_b + ROW_ANGLE]
+        rx, ry = rows[at + CONTACT_ARM_X], rows[at + CONTACT_ARM_Y]
+        old = rows[at + CONTACT_NORMAL_IMPULSE]
         approach = (vx - w * ry) * nx + (vy + w * rx) * ny
-        new = max(old - rows[at + NORMAL_MASS * LANES] * approach, ZERO)
-        rows[at + NORMAL_IMPULSE * LANES] = new
+        new = max(old - rows[at + CONTACT_NORMAL_MASS] * approach, F32_ZERO)
+        rows[at + CONTACT_NORMAL_IMPULSE] = new
         x, y = (new - old) * nx, (new - old) * ny
-        rows[at_b + X * LANES] = vx + m_b * x
-        rows[at_b + Y * LANES] = vy + m_b * y
-        rows[at_b + ANGLE * LANES] = w + i_b * (rx * y - ry * x)
+        rows[at_b + ROW_X] = vx + m_b * x
+        rows[at_b + ROW_Y] = vy + m_b * y
+        rows[at_b + ROW_ANGLE] = w + i_b * (rx * y - ry * x)
 
 
 @uncounted
 def _contact_velocity(b, slot, two_points, lanes, rows):
-    """Both halves; `two_points` says whether any of these lanes has a contact of two."""
+    """b2ContactSolver::SolveVelocityConstraints, both halves; `two_points`: any of these lanes has a contact of two."""
     _contact_friction(b, slot, 0, lanes, rows)
     if two_points:
         _contact_friction(b, slot, 1, lanes, rows)
@@ -4031,16 +4553,24 @@ def _contact_velocity(b, slot, two_points, lanes, rows):
         _contact_normal_single(b, slot, lanes, rows)
 
 
+# ---- Contacts: position iterations ----
+
+
 @uncounted
 def _contact_position(b, pose, c, kind, baumgarte):
-    """b2ContactSolver::SolvePositionConstraints: push the body out of the edge; the deepest gap there was."""
-    deepest = ZERO
-    for p in range(kind[POINTS]):
-        cos, sin = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
-        origin_x, origin_y = pose[b, X] + sin * CENTER[b], pose[b, Y] - cos * CENTER[b]
-        nx, ny, plane_x, plane_y = c[LOCAL_NX], c[LOCAL_NY], c[LOCAL_X], c[LOCAL_Y]
-        px, py = c[POINT_X + 2 * p], c[POINT_Y + 2 * p]
-        if kind[KIND] == ON_EDGE:
+    """b2ContactSolver::SolvePositionConstraints: push a body out of an edge. `c` is their manifold.
+
+    Returns the least gap that it found between the surfaces, 0 or below [m].
+    """
+    deepest = F32_ZERO
+    for p in range(kind[MANIFOLD_POINTS]):
+        # Face and point in the world; the last point has moved the body.
+        cos, sin = math.cos(pose[b, POSE_ANGLE]), math.sin(pose[b, POSE_ANGLE])
+        origin_x, origin_y = pose[b, POSE_X] + sin * BODY_CENTER[b], pose[b, POSE_Y] - cos * BODY_CENTER[b]
+        nx, ny = c[MANIFOLD_NX], c[MANIFOLD_NY]
+        plane_x, plane_y = c[MANIFOLD_X], c[MANIFOLD_Y]
+        px, py = c[MANIFOLD_POINT_X + 2 * p], c[MANIFOLD_POINT_Y + 2 * p]
+        if kind[MANIFOLD_KIND] == MANIFOLD_ON_EDGE:
             px, py = cos * px - sin * py + origin_x, sin * px + cos * py + origin_y
         else:
             nx, ny = cos * nx - sin * ny, sin * nx + cos * ny
@@ -4048,83 +4578,78 @@ def _contact_position(b, pose, c, kind, baumgarte):
                 cos * plane_x - sin * plane_y + origin_x,
                 sin * plane_x + cos * plane_y + origin_y,
             )
-        gap = (px - plane_x) * nx + (py - plane_y) * ny - SKIN - SKIN
-        if kind[KIND] == ON_BODY:
+        gap = (px - plane_x) * nx + (py - plane_y) * ny - BOX2D_SKIN - BOX2D_SKIN
+        if kind[MANIFOLD_KIND] == MANIFOLD_ON_BODY:
             nx, ny = -nx, -ny
         deepest = min(deepest, gap)
-        rx, ry = px - pose[b, X], py - pose[b, Y]
+
+        # A share of what is too deep, by moving and turning the body.
+        rx, ry = px - pose[b, POSE_X], py - pose[b, POSE_Y]
         across = rx * ny - ry * nx
-        push = -_clamp(baumgarte * (gap + LINEAR_SLOP), -MAX_CORRECTION, ZERO) / (
-            INV_MASS[b] + INV_INERTIA[b] * across * across
+        push = -_clamp(baumgarte * (gap + BOX2D_LINEAR_SLOP), -BOX2D_MAX_CORRECTION, F32_ZERO) / (
+            BODY_INV_MASS[b] + BODY_INV_INERTIA[b] * across * across
         )
         x, y = push * nx, push * ny
-        pose[b, X] += INV_MASS[b] * x
-        pose[b, Y] += INV_MASS[b] * y
-        pose[b, ANGLE] += INV_INERTIA[b] * (rx * y - ry * x)
+        pose[b, POSE_X] += BODY_INV_MASS[b] * x
+        pose[b, POSE_Y] += BODY_INV_MASS[b] * y
+        pose[b, POSE_ANGLE] += BODY_INV_INERTIA[b] * (rx * y - ry * x)
     return deepest
 
 
-@uncounted
-def _move(b, pose, velocity, h):
-    """Positions one step on, at a bounded speed."""
-    x, y, turn = h * velocity[b, X], h * velocity[b, Y], h * velocity[b, ANGLE]
-    square = x * x + y * y
-    if square > MAX_TRANSLATION * MAX_TRANSLATION:
-        ratio = MAX_TRANSLATION / math.sqrt(square)
-        velocity[b, X] *= ratio
-        velocity[b, Y] *= ratio
-    if turn * turn > MAX_ROTATION * MAX_ROTATION:
-        velocity[b, ANGLE] *= MAX_ROTATION / abs(turn)
-    pose[b, X] += h * velocity[b, X]
-    pose[b, Y] += h * velocity[b, Y]
-    pose[b, ANGLE] += h * velocity[b, ANGLE]
+# ---- Impacts within a step ----
 
 
 @uncounted
-def _rotate(pose, rotation):
-    for b in range(N_BODIES):
-        rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
-
-
-@uncounted
-def _closest(b, t, start, pose, x1, y1, x2, y2, corners, faces):
+def _impact_distance(b, t, start, pose, x1, y1, x2, y2, corners, faces):
     """b2Distance: how far a body is from an edge at the fraction t of its way, and along which axis they separate.
 
-    Returns the distance, 0 if they overlap; the axis, from edge to body; and the body's face that it is normal to, or
-    -1 if it stays as it is while the body turns.
+    Returns the distance, 0 if they overlap [m]; the axis, from edge to body; and the body's face that the axis is
+    normal to, and turns with, or -1 if the axis does not turn with the body.
     """
-    x, y = (ONE - t) * start[b, X] + t * pose[b, X], (ONE - t) * start[b, Y] + t * pose[b, Y]
-    angle = (ONE - t) * start[b, ANGLE] + t * pose[b, ANGLE]
-    _outline(b, math.cos(angle), math.sin(angle), x, y, corners, faces)
-    n = N_CORNERS[b]
+    x = (F32_ONE - t) * start[b, POSE_X] + t * pose[b, POSE_X]
+    y = (F32_ONE - t) * start[b, POSE_Y] + t * pose[b, POSE_Y]
+    angle = (F32_ONE - t) * start[b, POSE_ANGLE] + t * pose[b, POSE_ANGLE]
+    _body_outline(b, math.cos(angle), math.sin(angle), x, y, corners, faces)
+    n = BODY_N_CORNERS[b]
+
+    # They overlap if neither the edge's line nor any face has all of the other on its far side.
     ex, ey = x2 - x1, y2 - y1
     length = math.sqrt(ex * ex + ey * ey)
     nx, ny = -ey / length, ex / length
-    above, below, apart = f32(np.inf), f32(np.inf), False
+    above = F32_INF
+    below = F32_INF
+    apart = False
     for i in range(n):
         gap = nx * (corners[i, 0] - x1) + ny * (corners[i, 1] - y1)
-        above, below = min(above, gap), min(below, -gap)
+        above = min(above, gap)
+        below = min(below, -gap)
         gap1 = faces[i, 0] * (x1 - corners[i, 0]) + faces[i, 1] * (y1 - corners[i, 1])
         gap2 = faces[i, 0] * (x2 - corners[i, 0]) + faces[i, 1] * (y2 - corners[i, 1])
-        apart = apart or min(gap1, gap2) > ZERO
-    if not apart and above <= ZERO and below <= ZERO:
-        return ZERO, nx, ny, -1
+        apart = apart or min(gap1, gap2) > F32_ZERO
+    if not apart and above <= F32_ZERO and below <= F32_ZERO:
+        return F32_ZERO, nx, ny, -1
 
-    least, face, ax, ay = f32(np.inf), -1, nx, ny
+    # The nearest of: a corner and an end of the edge, a corner and the edge's line, an end and a face.
+    least = F32_INF
+    face = -1
+    ax, ay = nx, ny
     for i in range(n):
         px, py = corners[i, 0] - x1, corners[i, 1] - y1
         along = (px * ex + py * ey) / (length * length)
-        if along < ZERO or along > ONE:
-            along = _clamp(along, ZERO, ONE)
+        if along < F32_ZERO or along > F32_ONE:
+            along = _clamp(along, F32_ZERO, F32_ONE)
             px, py = px - along * ex, py - along * ey
             gap = math.sqrt(px * px + py * py)
             if gap < least:
-                least, face, ax, ay = gap, -1, px / gap, py / gap
+                least = gap
+                face = -1
+                ax, ay = px / gap, py / gap
         else:
             gap = nx * px + ny * py
             if abs(gap) < least:
-                least, face = abs(gap), -1
-                ax, ay = (nx, ny) if gap > ZERO else (-nx, -ny)
+                least = abs(gap)
+                face = -1
+                ax, ay = (nx, ny) if gap > F32_ZERO else (-nx, -ny)
         j = i + 1 if i + 1 < n else 0
         sx, sy = corners[j, 0] - corners[i, 0], corners[j, 1] - corners[i, 1]
         for end in range(2):
@@ -4132,470 +4657,436 @@ def _closest(b, t, start, pose, x1, y1, x2, y2, corners, faces):
             px, py = px - corners[i, 0], py - corners[i, 1]
             along = px * sx + py * sy
             gap = faces[i, 0] * px + faces[i, 1] * py
-            if along > ZERO and along < sx * sx + sy * sy and gap > ZERO and gap < least:
-                least, face = gap, i
+            if along > F32_ZERO and along < sx * sx + sy * sy and gap > F32_ZERO and gap < least:
+                least = gap
+                face = i
     return least, ax, ay, face
 
 
 @uncounted
-def _gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2):
-    """b2SeparationFunction: along that axis at t, the gap of the nearest corner (witness -1) or of the one given."""
-    x, y = (ONE - t) * start[b, X] + t * pose[b, X], (ONE - t) * start[b, Y] + t * pose[b, Y]
-    angle = (ONE - t) * start[b, ANGLE] + t * pose[b, ANGLE]
-    return _gap_at(b, witness, x, y, math.cos(angle), math.sin(angle), ax, ay, face, x1, y1, x2, y2)
+def _impact_gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2):
+    """b2SeparationFunction: the gap between body and edge along an axis of `_impact_distance`, at the fraction t.
+
+    It is that of one corner, or end of the edge if the axis turns with a face: of `witness`, or if this is -1 of the
+    nearest. Returns the gap [m] and which it was.
+    """
+    x = (F32_ONE - t) * start[b, POSE_X] + t * pose[b, POSE_X]
+    y = (F32_ONE - t) * start[b, POSE_Y] + t * pose[b, POSE_Y]
+    angle = (F32_ONE - t) * start[b, POSE_ANGLE] + t * pose[b, POSE_ANGLE]
+    return _impact_gap_at(b, witness, x, y, math.cos(angle), math.sin(angle), ax, ay, face, x1, y1, x2, y2)
 
 
 @uncounted
-def _gap_at(b, witness, x, y, cos, sin, ax, ay, face, x1, y1, x2, y2):
-    """The same for one pose."""
-    x, y = x + sin * CENTER[b], y - cos * CENTER[b]
-    least, found = f32(np.inf), 0
+def _impact_gap_at(b, witness, x, y, cos, sin, ax, ay, face, x1, y1, x2, y2):
+    """`_impact_gap` for one pose of the body."""
+    x, y = x + sin * BODY_CENTER[b], y - cos * BODY_CENTER[b]
+    least = F32_INF
+    found = 0
     if face < 0:
         offset = max(ax * x1 + ay * y1, ax * x2 + ay * y2)
-        for i in range(N_CORNERS[b]):
+        for i in range(BODY_N_CORNERS[b]):
             if witness < 0 or i == witness:
-                px = cos * CORNERS[b, i, 0] - sin * CORNERS[b, i, 1] + x
-                py = sin * CORNERS[b, i, 0] + cos * CORNERS[b, i, 1] + y
+                px = cos * BODY_CORNERS[b, i, 0] - sin * BODY_CORNERS[b, i, 1] + x
+                py = sin * BODY_CORNERS[b, i, 0] + cos * BODY_CORNERS[b, i, 1] + y
                 gap = ax * px + ay * py - offset
                 if gap < least:
-                    least, found = gap, i
+                    least = gap
+                    found = i
     else:
-        nx, ny = cos * FACES[b, face, 0] - sin * FACES[b, face, 1], sin * FACES[b, face, 0] + cos * FACES[b, face, 1]
-        px = cos * CORNERS[b, face, 0] - sin * CORNERS[b, face, 1] + x
-        py = sin * CORNERS[b, face, 0] + cos * CORNERS[b, face, 1] + y
+        nx = cos * BODY_FACES[b, face, 0] - sin * BODY_FACES[b, face, 1]
+        ny = sin * BODY_FACES[b, face, 0] + cos * BODY_FACES[b, face, 1]
+        px = cos * BODY_CORNERS[b, face, 0] - sin * BODY_CORNERS[b, face, 1] + x
+        py = sin * BODY_CORNERS[b, face, 0] + cos * BODY_CORNERS[b, face, 1] + y
         for end in range(2):
             if witness < 0 or end == witness:
                 gap = nx * (x1 - px) + ny * (y1 - py) if end == 0 else nx * (x2 - px) + ny * (y2 - py)
                 if gap < least:
-                    least, found = gap, end
+                    least = gap
+                    found = end
     return least, found
 
 
 @uncounted
-def _time_of_impact(b, start, pose, cos, sin, x1, y1, x2, y2, corners, faces):
+def _impact_time(b, start, pose, cos, sin, x1, y1, x2, y2, corners, faces):
     """b2TimeOfImpact: the fraction of a body's way from `start` to `pose` after which it hits an edge; 1 if never.
 
     `cos` and `sin` are of the angle at the end of the way.
     """
     # Most often the edge's own line keeps them apart, before and after.
-    inv = ONE / math.sqrt((x2 - x1) * (x2 - x1) + (y2 - y1) * (y2 - y1))
+    inv = F32_ONE / math.sqrt((x2 - x1) * (x2 - x1) + (y2 - y1) * (y2 - y1))
     ax, ay = (y1 - y2) * inv, (x2 - x1) * inv
-    after, _ = _gap_at(b, -1, pose[b, X], pose[b, Y], cos, sin, ax, ay, -1, x1, y1, x2, y2)
+    after, _ = _impact_gap_at(b, -1, pose[b, POSE_X], pose[b, POSE_Y], cos, sin, ax, ay, -1, x1, y1, x2, y2)
     if after > TOI_TARGET + TOI_TOLERANCE:
-        x, y, cos, sin = start[b, X], start[b, Y], start[b, COS], start[b, SIN]
-        before, _ = _gap_at(b, -1, x, y, cos, sin, ax, ay, -1, x1, y1, x2, y2)
+        x, y = start[b, POSE_X], start[b, POSE_Y]
+        cos, sin = start[b, POSE_COS], start[b, POSE_SIN]
+        before, _ = _impact_gap_at(b, -1, x, y, cos, sin, ax, ay, -1, x1, y1, x2, y2)
         if before > TOI_TARGET + TOI_TOLERANCE:
-            return ONE
-    t1 = ZERO
+            return F32_ONE
+
+    # Advance t1 as long as some axis separates them: find t2, when this axis does so no more, and go on from there.
+    t1 = F32_ZERO
     for _ in range(TOI_ITERATIONS):
-        distance, ax, ay, face = _closest(b, t1, start, pose, x1, y1, x2, y2, corners, faces)
-        if distance <= ZERO:
-            return ONE
+        distance, ax, ay, face = _impact_distance(b, t1, start, pose, x1, y1, x2, y2, corners, faces)
+        if distance <= F32_ZERO:
+            return F32_ONE
         if distance < TOI_TARGET + TOI_TOLERANCE:
             return t1
-        t2 = ONE
+
+        # On this axis, push t2 back until the corner that sinks in deepest at t2 only just touches.
+        t2 = F32_ONE
         for _ in range(TOI_PUSHES):
-            s2, witness = _gap(b, -1, t2, ax, ay, face, start, pose, x1, y1, x2, y2)
+            s2, witness = _impact_gap(b, -1, t2, ax, ay, face, start, pose, x1, y1, x2, y2)
             if s2 > TOI_TARGET + TOI_TOLERANCE:
-                return ONE
+                return F32_ONE
             if s2 > TOI_TARGET - TOI_TOLERANCE:
                 t1 = t2
                 break
-            s1, _ = _gap(b, witness, t1, ax, ay, face, start, pose, x1, y1, x2, y2)
+            s1, _ = _impact_gap(b, witness, t1, ax, ay, face, start, pose, x1, y1, x2, y2)
             if s1 < TOI_TARGET - TOI_TOLERANCE:
-                return ONE
+                return F32_ONE
             if s1 <= TOI_TARGET + TOI_TOLERANCE:
                 return t1
+
+            # When this corner, or end, touches: bisection and secant rule in turn.
             low, high = t1, t2
-            for trial in range(TOI_ROOT_ITERATIONS):  # bisection and secant rule in turn
-                t = low + (TOI_TARGET - s1) * (high - low) / (s2 - s1) if trial % 2 == 1 else HALF * (low + high)
-                s, _ = _gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2)
+            for trial in range(TOI_ROOT_ITERATIONS):
+                t = low + (TOI_TARGET - s1) * (high - low) / (s2 - s1) if trial % 2 == 1 else F32_HALF * (low + high)
+                s, _ = _impact_gap(b, witness, t, ax, ay, face, start, pose, x1, y1, x2, y2)
                 if abs(s - TOI_TARGET) < TOI_TOLERANCE:
                     t2 = t
                     break
                 if s > TOI_TARGET:
-                    low, s1 = t, s
+                    low = t
+                    s1 = s
                 else:
-                    high, s2 = t, s
-    return ONE
+                    high = t
+                    s2 = s
+    return F32_ONE
 
 
 @uncounted
-def _edges_near(b, start, pose, terrain):
-    """First and last edge that a body may touch anywhere between two poses; the last is less if there is none."""
-    low, high = min(start[b, X], pose[b, X]) - BODY_REACH[b], max(start[b, X], pose[b, X]) + BODY_REACH[b]
-    first, last = max(int(low / CHUNK_WIDTH), 0), min(int(high / CHUNK_WIDTH), CHUNKS - 1)
-    ground = ZERO
-    for i in range(first, last + 2):
-        ground = max(ground, terrain[i])
-    return (first, last) if min(start[b, Y], pose[b, Y]) - BODY_REACH[b] <= ground else (0, -1)
-
-
-@uncounted
-def _update_contacts(b, lane, lander, scratch):
-    """b2ContactManager::Collide for one body; of the two edges that it may span, the even one has slot 0."""
-    pose, rotation, touched = lander.pose, scratch.rotation, lander.touched
-    first, last = _edges_near(b, pose, pose, lander.terrain)
-    if first <= last:
-        _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], scratch.corners, scratch.faces)
-    for slot in range(2):
-        scratch.contact_kind[lane, 2 * b + slot, POINTS] = 0
-        old = touched[b, slot]
-        if old >= 0 and not first <= old <= last:
-            touched[b, slot] = -1
-            if b != LANDER:
-                lander.grounded[b] = False
-    for edge in range(first, last + 1):
-        _update_contact(b, edge % 2, edge, lane, lander, scratch)
-
-
-@uncounted
-def _solve_impacts(b, lane, lander, scratch):
+def _impact_solve(b, lane, lander, scratch):
     """b2World::SolveTOI for one body: stop it where it first hits an edge, and let it go on from there.
 
     Without this, what falls fast would sink in by a whole step's way before it is noticed. Box2D lets go of the joints
     meanwhile; they pull together in the next step.
     """
-    pose, velocity, terrain, rows = lander.pose, lander.velocity, lander.terrain, scratch.impact_rows
-    rotation, corners, faces = scratch.rotation, scratch.corners, scratch.faces
-    start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
-    first, last = _edges_near(b, start, pose, terrain)
-    done = ZERO
-    kind[2 * b, HITS] = kind[2 * b + 1, HITS] = 0
+    pose = lander.pose
+    velocity = lander.velocity
+    terrain = lander.terrain
+    rows = scratch.impact_rows
+    rotation = scratch.rotation
+    corners = scratch.corners
+    faces = scratch.faces
+    start = scratch.start[lane]
+    contact = scratch.contact[lane]
+    kind = scratch.contact_kind[lane]
+    first, last = _body_edges(b, start, pose, terrain)
+    done = F32_ZERO
+    kind[2 * b, MANIFOLD_HITS] = 0
+    kind[2 * b + 1, MANIFOLD_HITS] = 0
     while True:
-        cos, sin = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
-        soonest, which = ONE, -1
+        # The edge that it hits first, and when, as a fraction of the whole step.
+        cos, sin = math.cos(pose[b, POSE_ANGLE]), math.sin(pose[b, POSE_ANGLE])
+        soonest = F32_ONE
+        which = -1
         for edge in range(first, last + 1):
-            if kind[2 * b + edge % 2, HITS] <= TOI_HITS:
-                x1, x2 = f32(edge) * CHUNK_WIDTH, f32(edge + 1) * CHUNK_WIDTH
-                t = _time_of_impact(b, start, pose, cos, sin, x1, terrain[edge], x2, terrain[edge + 1], corners, faces)
-                t = min(done + (ONE - done) * t, ONE) if t < ONE else ONE
+            if kind[2 * b + edge % 2, MANIFOLD_HITS] <= TOI_HITS:
+                x1 = f32(edge) * MOON_CHUNK_WIDTH
+                x2 = f32(edge + 1) * MOON_CHUNK_WIDTH
+                t = _impact_time(b, start, pose, cos, sin, x1, terrain[edge], x2, terrain[edge + 1], corners, faces)
+                t = min(done + (F32_ONE - done) * t, F32_ONE) if t < F32_ONE else F32_ONE
                 if t < soonest:
-                    soonest, which = t, edge
+                    soonest = t
+                    which = edge
         if which < 0 or soonest > TOI_END:
             return
-        beta = (soonest - done) / (ONE - done)
-        x, y, angle = pose[b, X], pose[b, Y], pose[b, ANGLE]
+
+        # Set it back to there.
+        beta = (soonest - done) / (F32_ONE - done)
+        x, y = pose[b, POSE_X], pose[b, POSE_Y]
+        angle = pose[b, POSE_ANGLE]
         for i in range(3):
-            pose[b, i] = (ONE - beta) * start[b, i] + beta * pose[b, i]
-        rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
-        _outline(b, rotation[b, 0], rotation[b, 1], pose[b, X], pose[b, Y], corners, faces)
+            pose[b, i] = (F32_ONE - beta) * start[b, i] + beta * pose[b, i]
+        _body_rotate(b, pose, rotation)
+        cos, sin = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+        _body_outline(b, cos, sin, pose[b, POSE_X], pose[b, POSE_Y], corners, faces)
         slot = which % 2
-        _update_contact(b, slot, which, lane, lander, scratch)
-        kind[2 * b + slot, HITS] += 1
-        if kind[2 * b + slot, POINTS] == 0:  # near, but not touching: look no more
-            pose[b, X], pose[b, Y], pose[b, ANGLE] = x, y, angle
-            kind[2 * b + slot, HITS] = TOI_HITS + 1
+        _contact_update(b, slot, which, lane, lander, scratch)
+        kind[2 * b + slot, MANIFOLD_HITS] += 1
+        if kind[2 * b + slot, MANIFOLD_POINTS] == 0:  # near, but not touching: look no more
+            pose[b, POSE_X], pose[b, POSE_Y] = x, y
+            pose[b, POSE_ANGLE] = angle
+            kind[2 * b + slot, MANIFOLD_HITS] = TOI_HITS + 1
             continue
         done = soonest
         for edge in range(first, last + 1):
             if edge != which:
-                _update_contact(b, edge % 2, edge, lane, lander, scratch)
+                _contact_update(b, edge % 2, edge, lane, lander, scratch)
+
+        # Position iterations, of this body alone; the edge that was hit comes first.
         for _ in range(TOI_POSITION_ITERATIONS):
-            deepest = ZERO
+            deepest = F32_ZERO
             for s in range(2):
                 s = slot if s == 0 else 1 - slot
                 row = 2 * b + s
-                if kind[row, POINTS] > 0:
+                if kind[row, MANIFOLD_POINTS] > 0:
                     deepest = min(deepest, _contact_position(b, pose, contact[row], kind[row], TOI_BAUMGARTE))
-            if deepest >= f32(-1.5) * LINEAR_SLOP:
+            if deepest >= f32(-1.5) * BOX2D_LINEAR_SLOP:
                 break
-        rotation[b, 0], rotation[b, 1] = math.cos(pose[b, ANGLE]), math.sin(pose[b, ANGLE])
-        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
-        start[b, COS], start[b, SIN] = rotation[b, 0], rotation[b, 1]
+
+        # The rest of the step starts here.
+        _body_rotate(b, pose, rotation)
+        start[b, POSE_X], start[b, POSE_Y] = pose[b, POSE_X], pose[b, POSE_Y]
+        start[b, POSE_ANGLE] = pose[b, POSE_ANGLE]
+        start[b, POSE_COS], start[b, POSE_SIN] = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+
+        # Velocity iterations, in a lane of its own, without impulses of the last step.
         for i in range(3):
-            rows[(VELOCITY + 3 * b + i) * LANES] = velocity[b, i]
+            rows[ROW_VELOCITY + b * VELOCITY_STRIDE + i * LANDER_LANES] = velocity[b, i]
         for s in range(2):
             row = 2 * b + s
-            if kind[row, POINTS] > 0:
-                kind[row, PLACE] = row
-                _contact_prepare(b, s, 0, pose, rotation, NO_IMPULSE, contact[row], kind[row], rows)
-        for _ in range(VELOCITY_ITERATIONS):
-            vx, vy, w = velocity[b, X], velocity[b, Y], velocity[b, ANGLE]
+            if kind[row, MANIFOLD_POINTS] > 0:
+                kind[row, MANIFOLD_PLACE] = row
+                _contact_prepare(b, s, 0, pose, rotation, CONTACT_NO_IMPULSE, contact[row], kind[row], rows)
+        for _ in range(BOX2D_VELOCITY_ITERATIONS):
+            vx, vy = velocity[b, POSE_X], velocity[b, POSE_Y]
+            w = velocity[b, POSE_ANGLE]
             for s in range(2):
                 s = slot if s == 0 else 1 - slot
-                if kind[2 * b + s, POINTS] > 0:
-                    _contact_velocity(b, s, kind[2 * b + s, SOLVED] == 2, 1, rows)
+                if kind[2 * b + s, MANIFOLD_POINTS] > 0:
+                    _contact_velocity(b, s, kind[2 * b + s, MANIFOLD_SOLVED] == 2, 1, rows)
             for i in range(3):
-                velocity[b, i] = rows[(VELOCITY + 3 * b + i) * LANES]
-            if vx == velocity[b, X] and vy == velocity[b, Y] and w == velocity[b, ANGLE]:
+                velocity[b, i] = rows[ROW_VELOCITY + b * VELOCITY_STRIDE + i * LANDER_LANES]
+            if vx == velocity[b, POSE_X] and vy == velocity[b, POSE_Y] and w == velocity[b, POSE_ANGLE]:
                 break  # nothing would change any more
-        _move(b, pose, velocity, (ONE - soonest) * TIME_STEP)
+
+        # The rest of its way.
+        _body_move(b, pose, velocity, (F32_ONE - soonest) * BOX2D_TIME_STEP)
+
+
+# ---- One physics step: load, iterate, unload ----
 
 
 @uncounted
 def _lander_load(lane, force_x, force_y, torque, gravity, lander, scratch):
-    """b2World::Step up to the velocity iterations: contacts from the poses as they are, forces, warm start.
+    """b2World::Step up to the velocity iterations: contacts of the poses as they are, forces, warm start.
 
-    `scratch.rotation` has been set from these poses.
+    `scratch.rotation` holds cos and sin of these poses' angles. The force [N] and the torque [N m] act on the lander.
     """
-    pose, velocity, terrain = lander.pose, lander.velocity, lander.terrain
-    joint_impulse, joint_limit, impulse = lander.joint_impulse, lander.joint_limit, lander.contact_impulse
-    rotation, rows = scratch.rotation, scratch.rows
-    start, contact, kind = scratch.start[lane], scratch.contact[lane], scratch.contact_kind[lane]
-    x = (pose[0, X] + rotation[0, 1] * CENTER[0]) / CHUNK_WIDTH
-    ground = ZERO
-    for i in range(max(int(x - REACH), 0), min(int(x + REACH) + 1, CHUNKS) + 1):
+    pose = lander.pose
+    velocity = lander.velocity
+    terrain = lander.terrain
+    joint_impulse = lander.joint_impulse
+    joint_limit = lander.joint_limit
+    impulse = lander.contact_impulse
+    rotation = scratch.rotation
+    rows = scratch.rows
+    start = scratch.start[lane]
+    contact = scratch.contact[lane]
+    kind = scratch.contact_kind[lane]
+
+    # Contacts, if the ground may be within reach.
+    x = (pose[BODY_LANDER, POSE_X] + rotation[BODY_LANDER, ROTATION_SIN] * BODY_CENTER[BODY_LANDER]) / MOON_CHUNK_WIDTH
+    ground = F32_ZERO
+    for i in range(max(int(x - LANDER_REACH), 0), min(int(x + LANDER_REACH) + 1, MOON_CHUNKS) + 1):
         ground = max(ground, terrain[i])
-    scratch.near[lane] = pose[0, Y] - REACH * CHUNK_WIDTH < ground
-    for row in range(6):
-        kind[row, POINTS] = 0
+    scratch.near[lane] = pose[BODY_LANDER, POSE_Y] - LANDER_REACH * MOON_CHUNK_WIDTH < ground
+    for row in range(2 * LANDER_BODIES):
+        kind[row, MANIFOLD_POINTS] = 0
     if scratch.near[lane]:
-        for turn in range(3):
-            _update_contacts(SOLVE_ORDER[turn], lane, lander, scratch)
+        for nth in range(LANDER_BODIES):
+            _contact_update_all(BODY_SOLVE_ORDER[nth], lane, lander, scratch)
 
-    for b in range(N_BODIES):
-        start[b, X], start[b, Y], start[b, ANGLE] = pose[b, X], pose[b, Y], pose[b, ANGLE]
-        start[b, COS], start[b, SIN] = rotation[b, 0], rotation[b, 1]
-    velocity[1, Y] += TIME_STEP * f32(gravity)
-    velocity[2, Y] += TIME_STEP * f32(gravity)
-    velocity[0, X] += TIME_STEP * (INV_MASS[0] * f32(force_x))
-    velocity[0, Y] += TIME_STEP * (f32(gravity) + INV_MASS[0] * f32(force_y))
-    velocity[0, ANGLE] += TIME_STEP * INV_INERTIA[0] * f32(torque)
+    # Where the step began, for the impacts; forces.
+    for b in range(LANDER_BODIES):
+        start[b, POSE_X], start[b, POSE_Y] = pose[b, POSE_X], pose[b, POSE_Y]
+        start[b, POSE_ANGLE] = pose[b, POSE_ANGLE]
+        start[b, POSE_COS], start[b, POSE_SIN] = rotation[b, ROTATION_COS], rotation[b, ROTATION_SIN]
+    velocity[BODY_RIGHT_LEG, POSE_Y] += BOX2D_TIME_STEP * f32(gravity)
+    velocity[BODY_LEFT_LEG, POSE_Y] += BOX2D_TIME_STEP * f32(gravity)
+    velocity[BODY_LANDER, POSE_X] += BOX2D_TIME_STEP * (BODY_INV_MASS[BODY_LANDER] * f32(force_x))
+    velocity[BODY_LANDER, POSE_Y] += BOX2D_TIME_STEP * (f32(gravity) + BODY_INV_MASS[BODY_LANDER] * f32(force_y))
+    velocity[BODY_LANDER, POSE_ANGLE] += BOX2D_TIME_STEP * BODY_INV_INERTIA[BODY_LANDER] * f32(torque)
 
+    # Contacts into the lane, one body's to its first free places; then their first guess, after all have been prepared.
     if scratch.near[lane]:
-        for turn in range(3):
-            b = SOLVE_ORDER[turn]
+        for nth in range(LANDER_BODIES):
+            b = BODY_SOLVE_ORDER[nth]
             place = 2 * b
             for row in range(2 * b, 2 * b + 2):
-                if kind[row, POINTS] > 0:
-                    kind[row, PLACE] = place
+                if kind[row, MANIFOLD_POINTS] > 0:
+                    kind[row, MANIFOLD_PLACE] = place
                     _contact_prepare(b, row % 2, lane, pose, rotation, impulse, contact[row], kind[row], rows)
-                    scratch.solving[place, 0] += 1
-                    scratch.solving[place, 1] += kind[row, SOLVED] == 2
+                    scratch.solving[place, SOLVING_LANES] += 1
+                    scratch.solving[place, SOLVING_TWO_POINTS] += kind[row, MANIFOLD_SOLVED] == 2
                     place += 1
-        for turn in range(3):
-            for row in range(2 * SOLVE_ORDER[turn], 2 * SOLVE_ORDER[turn] + 2):
-                if kind[row, POINTS] > 0:
-                    _contact_warm_start(SOLVE_ORDER[turn], kind[row, PLACE], lane, velocity, rows)
-    _joint_prepare(1, lane, pose, velocity, rotation, joint_impulse, joint_limit, rows)
-    _joint_prepare(0, lane, pose, velocity, rotation, joint_impulse, joint_limit, rows)
-    for b in range(N_BODIES):
+        for nth in range(LANDER_BODIES):
+            b = BODY_SOLVE_ORDER[nth]
+            for row in range(2 * b, 2 * b + 2):
+                if kind[row, MANIFOLD_POINTS] > 0:
+                    _contact_warm_start(b, kind[row, MANIFOLD_PLACE], lane, velocity, rows)
+
+    # Joints into the lane, the left one first; then the velocities and impulses that the iterations change.
+    _joint_prepare(LEG_LEFT, lane, pose, velocity, rotation, joint_impulse, joint_limit, rows)
+    _joint_prepare(LEG_RIGHT, lane, pose, velocity, rotation, joint_impulse, joint_limit, rows)
+    for b in range(LANDER_BODIES):
         for i in range(3):
-            rows[(VELOCITY + 3 * b + i) * LANES + lane] = velocity[b, i]
-    for k in range(N_LEGS):
+            rows[ROW_VELOCITY + b * VELOCITY_STRIDE + i * LANDER_LANES + lane] = velocity[b, i]
+    for k in range(LANDER_LEGS):
         for i in range(4):
-            rows[(IMPULSE + 4 * k + i) * LANES + lane] = joint_impulse[k, i]
+            rows[ROW_IMPULSE + k * IMPULSE_STRIDE + i * LANDER_LANES + lane] = joint_impulse[k, i]
 
 
 @uncounted
-def _iterate(rows, solving):
-    """The velocity iterations of b2Island::Solve, in all lanes at once."""
-    for _ in range(VELOCITY_ITERATIONS):
-        _joint_velocity(1, rows)
-        _joint_velocity(0, rows)
-        if solving[4, 0] > 0:
-            _contact_velocity(2, 0, solving[4, 1] > 0, LANES, rows)
-        if solving[5, 0] > 0:
-            _contact_velocity(2, 1, solving[5, 1] > 0, LANES, rows)
-        if solving[0, 0] > 0:
-            _contact_velocity(0, 0, solving[0, 1] > 0, LANES, rows)
-        if solving[1, 0] > 0:
-            _contact_velocity(0, 1, solving[1, 1] > 0, LANES, rows)
-        if solving[2, 0] > 0:
-            _contact_velocity(1, 0, solving[2, 1] > 0, LANES, rows)
-        if solving[3, 0] > 0:
-            _contact_velocity(1, 1, solving[3, 1] > 0, LANES, rows)
+def _lander_iterate(rows, solving):
+    """The velocity iterations of b2Island::Solve, in all lanes at once: left joint, right joint, then the contacts.
+
+    A body and slot that has no contact in any lane is left out. Row 2 * body + slot of `solving` says so.
+    """
+    for _ in range(BOX2D_VELOCITY_ITERATIONS):
+        _joint_velocity(LEG_LEFT, rows)
+        _joint_velocity(LEG_RIGHT, rows)
+        if solving[4, SOLVING_LANES] > 0:
+            _contact_velocity(BODY_LEFT_LEG, 0, solving[4, SOLVING_TWO_POINTS] > 0, LANDER_LANES, rows)
+        if solving[5, SOLVING_LANES] > 0:
+            _contact_velocity(BODY_LEFT_LEG, 1, solving[5, SOLVING_TWO_POINTS] > 0, LANDER_LANES, rows)
+        if solving[0, SOLVING_LANES] > 0:
+            _contact_velocity(BODY_LANDER, 0, solving[0, SOLVING_TWO_POINTS] > 0, LANDER_LANES, rows)
+        if solving[1, SOLVING_LANES] > 0:
+            _contact_velocity(BODY_LANDER, 1, solving[1, SOLVING_TWO_POINTS] > 0, LANDER_LANES, rows)
+        if solving[2, SOLVING_LANES] > 0:
+            _contact_velocity(BODY_RIGHT_LEG, 0, solving[2, SOLVING_TWO_POINTS] > 0, LANDER_LANES, rows)
+        if solving[3, SOLVING_LANES] > 0:
+            _contact_velocity(BODY_RIGHT_LEG, 1, solving[3, SOLVING_TWO_POINTS] > 0, LANDER_LANES, rows)
 
 
 @uncounted
 def _lander_unload(lane, lander, scratch):
-    """The rest of b2World::Step: move, mend the positions, sleep, and what was hit on the way. True: asleep."""
-    pose, velocity, still, rows = lander.pose, lander.velocity, lander.still, scratch.rows
-    joint_impulse, joint_limit, impulse = lander.joint_impulse, lander.joint_limit, lander.contact_impulse
-    contact, kind = scratch.contact[lane], scratch.contact_kind[lane]
-    for b in range(N_BODIES):
-        for i in range(3):
-            velocity[b, i] = rows[(VELOCITY + 3 * b + i) * LANES + lane]
-    for k in range(N_LEGS):
-        for i in range(4):
-            joint_impulse[k, i] = rows[(IMPULSE + 4 * k + i) * LANES + lane]
-    touching = False
-    for row in range(6):
-        if kind[row, POINTS] > 0:
-            touching = True
-            scratch.solving[kind[row, PLACE], 0] -= 1
-            scratch.solving[kind[row, PLACE], 1] -= kind[row, SOLVED] == 2
-            at = (CONTACT + kind[row, PLACE] * CONTACT_ROWS) * LANES + lane
-            for p in range(kind[row, SOLVED]):
-                of = at + POINT_ROWS * p * LANES
-                impulse[row // 2, row % 2, p, 0] = rows[of + NORMAL_IMPULSE * LANES]
-                impulse[row // 2, row % 2, p, 1] = rows[of + TANGENT_IMPULSE * LANES]
-            for r in range(CONTACT_ROWS):
-                rows[at + r * LANES] = ZERO
+    """The rest of b2World::Step: out of the lane, move, mend the positions, sleep, and what was hit on the way.
 
-    for b in range(N_BODIES):
-        _move(b, pose, velocity, TIME_STEP)
+    Returns whether the lander has fallen asleep.
+    """
+    pose = lander.pose
+    velocity = lander.velocity
+    still = lander.still
+    rows = scratch.rows
+    joint_impulse = lander.joint_impulse
+    joint_limit = lander.joint_limit
+    impulse = lander.contact_impulse
+    contact = scratch.contact[lane]
+    kind = scratch.contact_kind[lane]
+
+    # Velocities and impulses out of the lane; its contacts are cleared for whoever comes next.
+    for b in range(LANDER_BODIES):
+        for i in range(3):
+            velocity[b, i] = rows[ROW_VELOCITY + b * VELOCITY_STRIDE + i * LANDER_LANES + lane]
+    for k in range(LANDER_LEGS):
+        for i in range(4):
+            joint_impulse[k, i] = rows[ROW_IMPULSE + k * IMPULSE_STRIDE + i * LANDER_LANES + lane]
+    touching = False
+    for row in range(2 * LANDER_BODIES):
+        if kind[row, MANIFOLD_POINTS] > 0:
+            touching = True
+            place = kind[row, MANIFOLD_PLACE]
+            scratch.solving[place, SOLVING_LANES] -= 1
+            scratch.solving[place, SOLVING_TWO_POINTS] -= kind[row, MANIFOLD_SOLVED] == 2
+            at = ROW_CONTACT + place * CONTACT_STRIDE + lane
+            for p in range(kind[row, MANIFOLD_SOLVED]):
+                of = at + CONTACT_POINT_STRIDE * p
+                impulse[row // 2, row % 2, p, IMPULSE_NORMAL] = rows[of + CONTACT_NORMAL_IMPULSE]
+                impulse[row // 2, row % 2, p, IMPULSE_TANGENT] = rows[of + CONTACT_TANGENT_IMPULSE]
+            for r in range(0, CONTACT_STRIDE, LANDER_LANES):
+                rows[at + r] = F32_ZERO
+
+    # Move, then position iterations until nothing is too deep and no joint too far apart.
+    for b in range(LANDER_BODIES):
+        _body_move(b, pose, velocity, BOX2D_TIME_STEP)
     solved = False
-    for _ in range(POSITION_ITERATIONS):
-        deepest = ZERO
+    for _ in range(BOX2D_POSITION_ITERATIONS):
+        deepest = F32_ZERO
         if touching:
-            for turn in range(3):
-                for slot in range(2):
-                    row = 2 * SOLVE_ORDER[turn] + slot
-                    if kind[row, POINTS] > 0:
-                        gap = _contact_position(SOLVE_ORDER[turn], pose, contact[row], kind[row], BAUMGARTE)
+            for nth in range(LANDER_BODIES):
+                b = BODY_SOLVE_ORDER[nth]
+                for row in range(2 * b, 2 * b + 2):
+                    if kind[row, MANIFOLD_POINTS] > 0:
+                        gap = _contact_position(b, pose, contact[row], kind[row], BOX2D_BAUMGARTE)
                         deepest = min(deepest, gap)
-        right = _joint_position(1, pose, joint_limit)
-        left = _joint_position(0, pose, joint_limit)
-        if right and left and deepest >= f32(-3.0) * LINEAR_SLOP:
+        right = _joint_position(LEG_LEFT, pose, joint_limit)
+        left = _joint_position(LEG_RIGHT, pose, joint_limit)
+        if right and left and deepest >= f32(-3.0) * BOX2D_LINEAR_SLOP:
             solved = True
             break
 
+    # Sleep: positions solved, and every body at rest for long enough. Whoever is awake may have hit the ground.
     asleep = solved
-    for b in range(N_BODIES):
-        vx, vy, w = velocity[b, X], velocity[b, Y], velocity[b, ANGLE]
-        moving = w * w > SLEEP_SPIN * SLEEP_SPIN or vx * vx + vy * vy > SLEEP_SPEED * SLEEP_SPEED
-        still[b] = ZERO if moving else still[b] + TIME_STEP
-        asleep = asleep and still[b] >= SLEEP_TIME
+    for b in range(LANDER_BODIES):
+        vx, vy = velocity[b, POSE_X], velocity[b, POSE_Y]
+        w = velocity[b, POSE_ANGLE]
+        moving = (
+            w * w > BOX2D_SLEEP_SPIN * BOX2D_SLEEP_SPIN or vx * vx + vy * vy > BOX2D_SLEEP_SPEED * BOX2D_SLEEP_SPEED
+        )
+        still[b] = F32_ZERO if moving else still[b] + BOX2D_TIME_STEP
+        asleep = asleep and still[b] >= BOX2D_SLEEP_TIME
     if asleep:
-        velocity[:] = ZERO
+        velocity[:] = F32_ZERO
     elif scratch.near[lane]:
-        for b in range(N_BODIES):
-            _solve_impacts(b, lane, lander, scratch)
+        for b in range(LANDER_BODIES):
+            _impact_solve(b, lane, lander, scratch)
     return asleep
 
 
-@uncounted
-def _smooth(heights, terrain):
-    """Gymnasium's terrain (CHUNKS + 1,) from raw heights (CHUNKS + 2,): the pad levelled, then means of three."""
-    middle = CHUNKS // 2
-    heights[middle - 2 : middle + 3] = PAD_HEIGHT
-    for i in range(CHUNKS + 1):
-        terrain[i] = 0.33 * (heights[i - 1 if i > 0 else CHUNKS + 1] + heights[i] + heights[i + 1])
+# ---- Observation and reward ----
 
 
 @uncounted
-def _lander_draw(env, params, state, scratch):
-    """What is random at the start of an episode, in Gymnasium's order; `pose` gets that of the lander's origin."""
-    rng, lander = state.rng, state[env]
-    pose = lander.pose
-    for i in range(CHUNKS + 2):
-        scratch.heights[i] = _uniform(rng, env, 0.0, MOON_HEIGHT / 2)
-    _smooth(scratch.heights, lander.terrain)
-    x, y, angle = MOON_WIDTH / 2, MOON_HEIGHT, 0.0
-    if params.randomize_spawn:
-        x = _uniform(rng, env, 0.1 * MOON_WIDTH, 0.9 * MOON_WIDTH)
-        y = _uniform(rng, env, 0.7 * MOON_HEIGHT, MOON_HEIGHT)
-        angle = _uniform(rng, env, -0.25, 0.25)
-    pose[0, X], pose[0, Y], pose[0, ANGLE] = x, y, angle
-    for i in range(2):
-        lander.push[i] = _uniform(rng, env, -LARGEST_PUSH, LARGEST_PUSH)
-    if params.enable_wind:
-        for i in range(2):
-            lander.wind[i] = math.floor(_uniform(rng, env, -9999.0, 9999.0))
+def _lander_view(lander, sight):
+    """The observation (8,) of a lander into `sight`, in float64; for its units see `LunarLander`."""
+    x, y = lander.pose[BODY_LANDER, POSE_X], lander.pose[BODY_LANDER, POSE_Y]
+    angle = lander.pose[BODY_LANDER, POSE_ANGLE]
+    x = np.float64(x + math.sin(angle) * BODY_CENTER[BODY_LANDER])  # of the origin, above which the centre of mass is
+    y = np.float64(y - math.cos(angle) * BODY_CENTER[BODY_LANDER])
+    sight[SIGHT_X] = (x - MOON_WIDTH / 2) / (MOON_WIDTH / 2)
+    sight[SIGHT_Y] = (y - (MOON_PAD_HEIGHT + LEG_DOWN)) / (MOON_HEIGHT / 2)
+    sight[SIGHT_VX] = np.float64(lander.velocity[BODY_LANDER, POSE_X]) * (MOON_WIDTH / 2) / LANDER_FPS
+    sight[SIGHT_VY] = np.float64(lander.velocity[BODY_LANDER, POSE_Y]) * (MOON_HEIGHT / 2) / LANDER_FPS
+    sight[SIGHT_ANGLE] = np.float64(angle)
+    sight[SIGHT_SPIN] = 20.0 * np.float64(lander.velocity[BODY_LANDER, POSE_ANGLE]) / LANDER_FPS
+    sight[SIGHT_RIGHT_LEG] = np.float64(lander.grounded[BODY_RIGHT_LEG])
+    sight[SIGHT_LEFT_LEG] = np.float64(lander.grounded[BODY_LEFT_LEG])
 
 
 @uncounted
-def _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch):
-    """Gymnasium's `step` up to the velocity iterations: wind and engines."""
-    rng, lander, rotation = state.rng, state[env], scratch.rotation
-    pose, velocity = lander.pose, lander.velocity
-    torque = 0.0
-    if params.enable_wind and not (lander.grounded[1] or lander.grounded[2]):
-        force_x = f32(force_x) + f32(params.wind_power * _gust(lander.wind[0]))
-        torque = params.turbulence_power * _gust(lander.wind[1])
-        lander.wind[0] += 1
-        lander.wind[1] += 1
-    dispersion0 = _uniform(rng, env, -1.0, 1.0) / PIXELS
-    dispersion1 = _uniform(rng, env, -1.0, 1.0) / PIXELS
-    main, lateral = min(max(main, -1.0), 1.0), min(max(lateral, -1.0), 1.0)
-    main_power = 0.5 * (main + 1.0) if main > 0.0 else 0.0
-    side_power = abs(lateral) if abs(lateral) > 0.5 else 0.0
-    _rotate(pose, rotation)
-    if main_power > 0.0 or side_power > 0.0:
-        angle = pose[0, ANGLE]
-        tip_x, tip_y = math.sin(np.float64(angle)), math.cos(np.float64(angle))
-        x = np.float64(pose[0, X] + rotation[0, 1] * CENTER[0])
-        y = np.float64(pose[0, Y] - rotation[0, 0] * CENTER[0])
-    if main_power > 0.0:
-        along = MAIN_ENGINE_DOWN + 2 * dispersion0
-        ox, oy = tip_x * along - tip_y * dispersion1, -tip_y * along - tip_x * dispersion1
-        power = MAIN_ENGINE_POWER
-        _thrust(-ox * power * main_power, -oy * power * main_power, x + ox, y + oy, pose, velocity)
-    if side_power > 0.0:
-        along = 3 * dispersion1 + math.copysign(SIDE_ENGINE_AWAY, lateral)
-        ox, oy = tip_x * dispersion0 - tip_y * along, -tip_y * dispersion0 - tip_x * along
-        # 17 and SIDE_ENGINE_UP are not the same height: the torque depends on the angle, as it does in Gymnasium.
-        px, py = x + ox - tip_x * 17 / PIXELS, y + oy + tip_y * SIDE_ENGINE_UP
-        power = SIDE_ENGINE_POWER
-        _thrust(-ox * power * side_power, -oy * power * side_power, px, py, pose, velocity)
-    lander.throttle[0], lander.throttle[1] = main_power, math.copysign(side_power, lateral)
-    _lander_load(lane, force_x, force_y, torque, params.gravity, lander, scratch)
+def _lander_observe(state, scratch, outputs):
+    """The observation of every lander as it is."""
+    sight = scratch[0].sight
+    for env in range(len(state)):
+        _lander_view(state[env], sight)
+        for i in range(SIGHT_COLUMNS):
+            outputs.observations[env, i] = sight[i]
 
 
 @uncounted
-def _gust(count):
-    """Of wind or turbulence, in [-1, 1]; never periodic."""
-    return math.tanh(math.sin(0.02 * count) + math.sin(math.pi * 0.01 * count))
-
-
-@uncounted
-def _thrust(impulse_x, impulse_y, x, y, pose, velocity):
-    """b2Body::ApplyLinearImpulse on the lander, at a point."""
-    impulse_x, impulse_y = f32(impulse_x), f32(impulse_y)
-    velocity[0, X] += INV_MASS[0] * impulse_x
-    velocity[0, Y] += INV_MASS[0] * impulse_y
-    arm_x, arm_y = f32(x) - pose[0, X], f32(y) - pose[0, Y]
-    velocity[0, ANGLE] += INV_INERTIA[0] * (arm_x * impulse_y - arm_y * impulse_x)
-
-
-@uncounted
-def _lander_view(lander, view):
-    """The observation, before it is rounded to float32."""
-    x, y, angle = lander.pose[0, X], lander.pose[0, Y], lander.pose[0, ANGLE]
-    x, y = np.float64(x + math.sin(angle) * CENTER[0]), np.float64(y - math.cos(angle) * CENTER[0])
-    view[0] = (x - MOON_WIDTH / 2) / (MOON_WIDTH / 2)
-    view[1] = (y - (PAD_HEIGHT + LEG_DOWN)) / (MOON_HEIGHT / 2)
-    view[2] = np.float64(lander.velocity[0, X]) * (MOON_WIDTH / 2) / LANDER_FPS
-    view[3] = np.float64(lander.velocity[0, Y]) * (MOON_HEIGHT / 2) / LANDER_FPS
-    view[4] = np.float64(angle)
-    view[5] = 20.0 * np.float64(lander.velocity[0, ANGLE]) / LANDER_FPS
-    view[6], view[7] = np.float64(lander.grounded[1]), np.float64(lander.grounded[2])
-
-
-@uncounted
-def _shaping(view):
+def _lander_shaping(sight):
+    """The potential whose increase is the reward."""
     return (
-        -100.0 * math.sqrt(view[0] * view[0] + view[1] * view[1])
-        - 100.0 * math.sqrt(view[2] * view[2] + view[3] * view[3])
-        - 100.0 * abs(view[4])
-        + 10.0 * view[6]
-        + 10.0 * view[7]
+        -100.0 * math.sqrt(sight[SIGHT_X] * sight[SIGHT_X] + sight[SIGHT_Y] * sight[SIGHT_Y])
+        - 100.0 * math.sqrt(sight[SIGHT_VX] * sight[SIGHT_VX] + sight[SIGHT_VY] * sight[SIGHT_VY])
+        - 100.0 * abs(sight[SIGHT_ANGLE])
+        + 10.0 * sight[SIGHT_RIGHT_LEG]
+        + 10.0 * sight[SIGHT_LEFT_LEG]
     )
 
 
 @uncounted
-def _lander_begin(lander):
-    """Put the bodies at rest in their places, legs beside the lander: in the first step the joints pull them in."""
-    pose = lander.pose
-    x, y, angle = np.float64(pose[0, X]), np.float64(pose[0, Y]), np.float64(pose[0, ANGLE])
-    cos, sin = math.cos(angle), math.sin(angle)
-    pose[0, X], pose[0, Y] = x - sin * np.float64(CENTER[0]), y + cos * np.float64(CENTER[0])
-    for k in range(N_LEGS):
-        side = np.float64(LEG_SIGN[k])
-        pose[1 + k, X], pose[1 + k, Y] = x - cos * side * LEG_AWAY, y - sin * side * LEG_AWAY
-        pose[1 + k, ANGLE] = angle + side * LEG_TILT
-    lander.velocity[:] = ZERO
-    lander.joint_impulse[:] = ZERO
-    lander.joint_limit[:] = 0
-    lander.touched[:] = -1
-    lander.feature[:] = -1
-    lander.contact_impulse[:] = ZERO
-    lander.grounded[:] = False
-    lander.still[:] = ZERO
-    lander.shaping = 0.0
-    lander.elapsed = 0
-    lander.totals[:] = 0.0
-
-
-@uncounted
-def _sparse_reward(view, asleep):
-    """Of an episode that ended here: 200 for a landing, else how near it came to one."""
-    x, speed, legs = view[0], math.hypot(view[2], view[3]), view[6] + view[7]
+def _lander_sparse_reward(sight, asleep):
+    """The reward for a whole episode, at its end: 200 for a landing, else how near it came to one."""
+    x = sight[SIGHT_X]
+    speed = math.hypot(sight[SIGHT_VX], sight[SIGHT_VY])
+    legs = sight[SIGHT_RIGHT_LEG] + sight[SIGHT_LEFT_LEG]
     if asleep or (legs == 2.0 and speed < 0.01 and abs(x) <= 0.2):
         return 200.0
-    reward = -10.0 * speed - 10.0 * math.hypot(x, view[1]) - 10.0 * abs(view[4]) + 20.0 * legs
+    reward = -10.0 * speed - 10.0 * math.hypot(x, sight[SIGHT_Y]) - 10.0 * abs(sight[SIGHT_ANGLE]) + 20.0 * legs
     if abs(x) >= 1.0:
         reward -= 5.0
     if legs == 2.0:
@@ -4603,60 +5094,82 @@ def _sparse_reward(view, asleep):
     return reward
 
 
-@uncounted
-def _lander_draw_all(params, state, scratch):
-    for env in range(len(state)):
-        _lander_draw(env, params, state, scratch[0])
+# ---- One step of all environments ----
 
 
 @uncounted
 def _lander_step(actions, begin, params, state, queue, scratch, outputs):
     """One step of every environment, or with `begin` only Gymnasium's first one, that belongs to the reset.
 
-    The velocity iterations cost the most, so LANES environments go through them together; those that touch the ground
-    come last, so that few lanes see to contacts. When an episode has ended, its environment goes through once more, for
-    the first step of the next, beside those that still wait.
+    The velocity iterations cost the most, so LANDER_LANES environments go through them together. Those that touch the
+    ground come last: then few rounds have to do with contacts. When an episode has ended, its environment goes through
+    once more, for the first step of the next, beside those that still wait.
+
+    `actions` (num_envs, 2) are throttles; `queue` (num_envs,) is room for the order of the environments.
     """
-    num_envs, scratch = len(state), scratch[0]
-    lane_env, fresh, sight = scratch.lane_env, scratch.fresh, scratch.sight
-    waiting = used = 0
+    num_envs = len(state)
+    scratch = scratch[0]
+    lane_env = scratch.lane_env
+    fresh = scratch.fresh
+    sight = scratch.sight
+
+    # The queue: environments above the ground, then those that touch it.
+    waiting = 0
     for on_ground in (False, True):
         for env in range(num_envs):
-            touched, touching = state[env].touched, False
-            for b in range(N_BODIES):
+            touched = state[env].touched
+            touching = False
+            for b in range(LANDER_BODIES):
                 touching |= touched[b, 0] >= 0 or touched[b, 1] >= 0
             if touching == on_ground:
                 queue[waiting] = env
                 waiting += 1
+
     waiting = 0
+    used = 0
     while waiting < num_envs or used > 0:
-        while used < LANES and waiting < num_envs:
-            lane_env[used], fresh[used] = queue[waiting], begin
+        # Fill the lanes, beside the episodes that have just begun.
+        while used < LANDER_LANES and waiting < num_envs:
+            lane_env[used] = queue[waiting]
+            fresh[used] = begin
             used += 1
             waiting += 1
+
+        # Engines and forces, and the landers into their lanes.
         for lane in range(used):
             env = lane_env[lane]
-            main = lateral = force_x = force_y = 0.0
+            main = 0.0
+            lateral = 0.0
+            force_x, force_y = 0.0, 0.0
             if fresh[lane]:
                 _lander_begin(state[env])
                 force_x, force_y = state[env].push[0], state[env].push[1]
             else:
-                main, lateral = np.float64(actions[env, 0]), np.float64(actions[env, 1])
-            _lander_engines(env, lane, main, lateral, force_x, force_y, params, state, scratch)
-        _iterate(scratch.rows, scratch.solving)
-        unloading, used = used, 0
+                main = np.float64(actions[env, 0])
+                lateral = np.float64(actions[env, 1])
+            force_x, torque = _lander_engines(env, main, lateral, force_x, params, state, scratch)
+            _lander_load(lane, force_x, force_y, torque, params.gravity, state[env], scratch)
+
+        # All at once.
+        _lander_iterate(scratch.rows, scratch.solving)
+
+        # Out of the lanes; those whose episode has ended begin the next round.
+        unloading = used
+        used = 0
         for lane in range(unloading):
             env = lane_env[lane]
             lander = state[env]
             asleep = _lander_unload(lane, lander, scratch)
             _lander_view(lander, sight)
-            shaping = _shaping(sight)
+            shaping = _lander_shaping(sight)
             ended = False
+
             if not fresh[lane]:
+                # Reward, and whether the episode has ended.
                 powers = lander.throttle
-                reward = shaping - lander.shaping - 0.3 * powers[0] - 0.03 * abs(powers[1])
-                crashed = lander.grounded[LANDER] != 0
-                failed = crashed or abs(sight[0]) >= 1.0
+                reward = shaping - lander.shaping - 0.3 * powers[THROTTLE_MAIN] - 0.03 * abs(powers[THROTTLE_SIDE])
+                crashed = lander.grounded[BODY_LANDER] != 0
+                failed = crashed or abs(sight[SIGHT_X]) >= 1.0
                 if asleep:
                     reward = 100.0
                 elif failed:
@@ -4664,36 +5177,40 @@ def _lander_step(actions, begin, params, state, queue, scratch, outputs):
                 lander.elapsed += 1
                 ended = asleep or failed or lander.elapsed >= params.max_steps
                 if params.sparse_reward:
-                    reward = _sparse_reward(sight, asleep) if ended else 0.0
-                lander.totals[0] += reward
-                lander.totals[1] += 1.0
+                    reward = _lander_sparse_reward(sight, asleep) if ended else 0.0
+
+                # Totals and outputs; of an episode that has ended, the last observation and the statistics.
+                lander.totals[LANDER_STAT_RETURN] += reward
+                lander.totals[LANDER_STAT_LENGTH] += 1.0
                 outputs.rewards[env] = reward
                 outputs.terminations[env] = asleep or failed
                 outputs.truncations[env] = ended and not (asleep or failed)
                 if ended:
-                    for i in range(8):
+                    for i in range(SIGHT_COLUMNS):
                         outputs.final_observations[env, i] = sight[i]
-                    speed, stats = math.hypot(sight[2], sight[3]), outputs.stats
-                    success = sight[6] + sight[7] == 2.0 and speed < 0.1 and abs(sight[0]) < 0.2
-                    stats[env, 0], stats[env, 1] = lander.totals[0], lander.totals[1]
-                    stats[env, 2], stats[env, 3], stats[env, 4] = success, asleep, crashed
-                    stats[env, 5], stats[env, 6] = speed, sight[0]
+                    speed = math.hypot(sight[SIGHT_VX], sight[SIGHT_VY])
+                    stats = outputs.stats
+                    legs = sight[SIGHT_RIGHT_LEG] + sight[SIGHT_LEFT_LEG]
+                    success = legs == 2.0 and speed < 0.1 and abs(sight[SIGHT_X]) < 0.2
+                    stats[env, LANDER_STAT_RETURN] = lander.totals[LANDER_STAT_RETURN]
+                    stats[env, LANDER_STAT_LENGTH] = lander.totals[LANDER_STAT_LENGTH]
+                    stats[env, LANDER_STAT_SUCCESS] = success
+                    stats[env, LANDER_STAT_LANDED] = asleep
+                    stats[env, LANDER_STAT_CRASHED] = crashed
+                    stats[env, LANDER_STAT_SPEED] = speed
+                    stats[env, LANDER_STAT_X] = sight[SIGHT_X]
                     _lander_draw(env, params, state, scratch)
+
             lander.shaping = shaping
-            for i in range(8):
+            for i in range(SIGHT_COLUMNS):
                 outputs.observations[env, i] = sight[i]
             if ended:
-                lane_env[used], fresh[used] = env, True
+                lane_env[used] = env
+                fresh[used] = True
                 used += 1
 
 
-@uncounted
-def _lander_observe(state, scratch, outputs):
-    sight = scratch[0].sight
-    for env in range(len(state)):
-        _lander_view(state[env], sight)
-        for i in range(8):
-            outputs.observations[env, i] = sight[i]
+# ---- The environment ----
 
 
 class LunarLander(NativeVectorEnv):
@@ -4774,14 +5291,15 @@ class LunarLander(NativeVectorEnv):
             first_env,
         )
         self.start_shapes = {
-            "terrain": (num_envs, CHUNKS + 2),
+            "terrain": (num_envs, MOON_CHUNKS + 2),
             "push": (num_envs, 2),
             "position": (num_envs, 2),
             "angle": (num_envs,),
         }
         self.landers = np.zeros(num_envs, LANDER_STATE)
         self.state = LanderState(*(self.landers[name] for name in LANDER_STATE.names))
-        self.state.touched[...] = self.state.feature[...] = -1
+        self.state.touched[...] = -1
+        self.state.feature[...] = -1
         self.queue = np.zeros(num_envs, np.int64)  # the order in which environments go into lanes
         self.scratch = np.zeros(1, LANDER_SCRATCH)
 
@@ -4789,11 +5307,11 @@ class LunarLander(NativeVectorEnv):
         state = self.state
         _lander_draw_all(self.params, self.landers, self.scratch)
         for env, heights in enumerate(start.get("terrain", ())):
-            _smooth(heights.copy(), state.terrain[env])
+            _lander_terrain(heights.copy(), state.terrain[env])
         if "position" in start:
-            state.pose[:, LANDER, :2] = start["position"]
+            state.pose[:, BODY_LANDER, :2] = start["position"]
         if "angle" in start:
-            state.pose[:, LANDER, ANGLE] = start["angle"]
+            state.pose[:, BODY_LANDER, POSE_ANGLE] = start["angle"]
         if "push" in start:
             state.push[...] = start["push"]
         nothing, outputs = np.zeros((self.num_envs, 2), np.float32), Outputs(**self.buffers)
@@ -4811,7 +5329,8 @@ class LunarLander(NativeVectorEnv):
         """What Gymnasium draws: ground, flags, lander and legs; and a flame where an engine fires. 3:2, in pixels."""
         import pygame
 
-        scale, height = 2 * width / MOON_WIDTH, 2 * width // 3  # drawn at twice the size, then smoothed
+        scale = 2 * width / MOON_WIDTH  # drawn at twice the size, then smoothed
+        height = 2 * width // 3
         surface = pygame.Surface((2 * width, 2 * height))
         surface.fill("black")
 
@@ -4819,27 +5338,28 @@ class LunarLander(NativeVectorEnv):
             points = [(float(scale * x), float(2 * height - scale * y)) for x, y in corners]
             pygame.draw.polygon(surface, color, points, edge)
 
-        ground = [(i * float(CHUNK_WIDTH), y) for i, y in enumerate(self.state.terrain[env])]
+        ground = [(i * float(MOON_CHUNK_WIDTH), y) for i, y in enumerate(self.state.terrain[env])]
         polygon("white", [(0.0, 0.0), *ground, (MOON_WIDTH, 0.0)])
         for x in (0.4 * MOON_WIDTH, 0.6 * MOON_WIDTH):
-            top = PAD_HEIGHT + 50 / PIXELS
-            polygon("gray60", [(x, PAD_HEIGHT), (x, top), (x + 0.05, top), (x + 0.05, PAD_HEIGHT)])
-            polygon((204, 204, 0), [(x, top), (x, top - 10 / PIXELS), (x + 25 / PIXELS, top - 5 / PIXELS)])
+            top = MOON_PAD_HEIGHT + 50 / LANDER_PIXELS
+            polygon("gray60", [(x, MOON_PAD_HEIGHT), (x, top), (x + 0.05, top), (x + 0.05, MOON_PAD_HEIGHT)])
+            flag = [(x, top), (x, top - 10 / LANDER_PIXELS), (x + 25 / LANDER_PIXELS, top - 5 / LANDER_PIXELS)]
+            polygon((204, 204, 0), flag)
 
         def in_world(b, corners):
             x, y, angle = self.state.pose[env, b].tolist()
             cos, sin = math.cos(angle), math.sin(angle)
-            return (np.array(corners) - (0.0, CENTER[b])) @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
+            return (np.array(corners) - (0.0, BODY_CENTER[b])) @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
 
         main, lateral = self.state.throttle[env]
         if main > 0.0:
-            polygon("orange", in_world(LANDER, [(-0.2, -0.3), (0.2, -0.3), (0.0, -0.4 - 0.7 * main)]))
+            polygon("orange", in_world(BODY_LANDER, [(-0.2, -0.3), (0.2, -0.3), (0.0, -0.4 - 0.7 * main)]))
         if lateral != 0.0:
             away = math.copysign(1.0, -lateral)  # below 0 it fires on the right side, and pushes to the left
             flame = [(0.5 * away, 0.35), (0.5 * away, 0.5), ((0.6 + 0.4 * abs(lateral)) * away, 0.42)]
-            polygon("orange", in_world(LANDER, flame))
-        for b in (1, 2, LANDER):
-            corners = in_world(b, CORNERS[b, : N_CORNERS[b]])
+            polygon("orange", in_world(BODY_LANDER, flame))
+        for b in (BODY_RIGHT_LEG, BODY_LEFT_LEG, BODY_LANDER):
+            corners = in_world(b, BODY_CORNERS[b, : BODY_N_CORNERS[b]])
             polygon((128, 102, 230), corners)
             polygon((77, 77, 128), corners, 3)
         surface = pygame.transform.smoothscale(surface, (width, height))

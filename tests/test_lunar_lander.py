@@ -216,11 +216,11 @@ def test_bodies_are_those_of_box2d():
     box2d.reset(seed=0)
     for b, body in enumerate([box2d.lander, *box2d.legs]):
         shape = body.fixtures[0].shape
-        assert envs.MASS[b] == np.float32(body.mass) and envs.CENTER[b] == np.float32(body.localCenter[1])
-        at_origin = envs.INERTIA[b] + envs.MASS[b] * envs.CENTER[b] ** 2
+        assert envs.BODY_MASS[b] == np.float32(body.mass) and envs.BODY_CENTER[b] == np.float32(body.localCenter[1])
+        at_origin = envs.BODY_INERTIA[b] + envs.BODY_MASS[b] * envs.BODY_CENTER[b] ** 2
         assert at_origin == np.float32(body.inertia)
-        np.testing.assert_array_equal(envs.CORNERS[b, : envs.N_CORNERS[b]], np.float32(shape.vertices))
-        np.testing.assert_array_equal(envs.FACES[b, : envs.N_CORNERS[b]], np.float32(shape.normals))
+        np.testing.assert_array_equal(envs.BODY_CORNERS[b, : envs.BODY_N_CORNERS[b]], np.float32(shape.vertices))
+        np.testing.assert_array_equal(envs.BODY_FACES[b, : envs.BODY_N_CORNERS[b]], np.float32(shape.normals))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
