@@ -2336,6 +2336,11 @@ def setup(args):
     return rank, world_size, device
 
 
+def make_seed(*keys):
+    """One seed below the held-out ones from several non-negative integers."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
 def average(tensor):
     """The mean of a tensor over the processes of a torchrun, in place; alone, the tensor as it is."""
     import torch.distributed as dist
@@ -2821,9 +2826,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
 
     def __init__(self, make_slice, num_envs, num_workers):
         probe = self.probe = make_slice(1)  # refuses bad arguments before anything starts
-        if isinstance(probe, NativeVectorEnv):  # compile once, here, and not in every worker
-            probe.reset(seed=0)
-            probe.step(np.zeros(probe.action_space.shape, probe.action_space.dtype))
+        compile_kernels(probe)  # once, here, and not in every worker
         self.num_envs = num_envs
         self.render_mode = probe.render_mode
         self.spec = probe.spec
@@ -3040,12 +3043,11 @@ def _stop_workers(shared, tasks):
 
 
 class Published:
-    """A vector that one process publishes, version after version, to those that it forks."""
+    """A vector of float32 that one process publishes, version after version, to those that it forks."""
 
-    def __init__(self, vector, version):
-        self.slots = shared_array((2, len(vector)), np.float32)  # of even and odd versions
+    def __init__(self, size):
+        self.slots = shared_array((2, size), np.float32)  # of even and odd versions
         self.latest = shared_array((1,), np.int64)
-        self.publish(vector, version)
 
     @property
     def version(self):
@@ -3067,21 +3069,23 @@ class Published:
 class StreamPool:
     """Forked workers that fill buffers without end, each at its own pace, while the caller uses what is full.
 
-    produce(worker, start, todo, published) is what a worker does: a generator that takes each buffer of `todo`, fills
-    it by what is `published` at that time, and yields the version that it used. `start` is the number of workers
-    started before. make_buffer() makes a buffer, in shared memory; every worker owns `num_buffers` of them, and waits
-    while all are full. The lag of a buffer is how many versions have been published since the one that filled it; with
-    more than `max_lag` it is filled anew. A worker that dies is replaced, an exception in one is raised by `take`.
+    produce(worker, starts, todo, published) is what a worker does: a generator that takes each buffer of `todo`, fills
+    it by the vector that is then `published`, a `Published`, and yields that vector's version. `starts` is the number
+    of workers started before. make_buffer() makes a buffer, in shared memory: every worker owns two, one to fill while
+    the other waits for the caller. The lag of a buffer is how many versions later than the one that filled it the
+    newest is; with more than `max_lag` it is filled anew, and with 0 there is one buffer to a worker.
 
-    A process each and no Pool: what is forked in the place of a dead one is then forked by the caller in `take`, and
-    not by a thread of the Pool's in the middle of something else.
+    A worker that dies is replaced, an exception in one is raised by `take`. A process each and no Pool: what is forked
+    in the place of a dead one is then forked by the caller in `take`, and not by a thread of the Pool's in the middle
+    of something else.
     """
 
-    def __init__(self, produce, num_workers, make_buffer, num_buffers, max_lag, published):
+    def __init__(self, produce, num_workers, make_buffer, max_lag):
         self.produce = produce
-        self.published = published
         self.max_lag = max_lag
-        self.buffers = [[make_buffer() for _ in range(num_buffers)] for _ in range(num_workers)]
+        slots = 1 if max_lag == 0 else 2
+        self.buffers = [[make_buffer() for _ in range(slots)] for _ in range(num_workers)]
+        self.published = None
         self.arrived = collections.deque()  # (worker, slot, version), full
         self.taken = []  # the same, in the caller's hands
         self.starts = 0
@@ -3090,8 +3094,17 @@ class StreamPool:
         self.processes = {}  # by worker
         self.channels = {}  # likewise
         self.close = Finalize(self, _close_stream, (self.channels, self.processes), exitpriority=20)
-        for worker in range(num_workers):
-            self._start(worker)
+
+    def start(self, vector, version):
+        """Fork the workers, with a first vector to go by."""
+        self.published = Published(len(vector))
+        self.publish(vector, version)
+        for worker in range(len(self.buffers)):
+            self._fork(worker)
+
+    def publish(self, vector, version):
+        """What workers go by from now on; `version` is an integer one larger than that before."""
+        self.published.publish(vector, version)
 
     def take(self, count):
         """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`."""
@@ -3128,7 +3141,7 @@ class StreamPool:
             slot, version = message
             self.arrived.append((worker, slot, version))
 
-    def _start(self, worker):
+    def _fork(self, worker):
         self.channels[worker], channel = multiprocessing.Pipe()
         callers_ends = list(self.channels.values())
         arguments = (self.produce, worker, self.starts, self.buffers[worker], self.published, channel, callers_ends)
@@ -3152,14 +3165,14 @@ class StreamPool:
             raise RuntimeError(f"{died}: the last of {DEATHS} within {DEATH_SECONDS:.0f} seconds")
         print(f"\n{died}: what it was filling is lost, another takes its place")
         self.channels[worker].close()
-        self._start(worker)
+        self._fork(worker)
 
     def _give(self, worker, slot):
         with contextlib.suppress(ConnectionError):  # it died: whoever takes its place is given all free slots
             self.channels[worker].send(slot)
 
 
-def _stream(caller, produce, worker, start, buffers, published, channel, callers_ends):
+def _stream(caller, produce, worker, starts, buffers, published, channel, callers_ends):
     """A StreamPool's worker: for every slot that comes through the channel, fill it and send back (slot, version)."""
     _quieten_torch()
     threading.Thread(target=_leave_with, args=(caller,), daemon=True).start()
@@ -3177,7 +3190,7 @@ def _stream(caller, produce, worker, start, buffers, published, channel, callers
             yield buffers[slot]
 
     try:
-        for version in produce(worker, start, todo(), published):
+        for version in produce(worker, starts, todo(), published):
             channel.send((slot, version))
     except BaseException:  # an EOFError, too: the caller has closed its end of the pipe
         with contextlib.suppress(ConnectionError):  # nobody is left to hear of it
@@ -3215,6 +3228,15 @@ def _take(semaphore, poll_seconds, check):
             return
         else:
             check()
+
+
+def compile_kernels(envs):
+    """Compile or load the kernels that `envs` uses, so that processes forked afterwards have them."""
+    if isinstance(envs, NativeVectorEnv):
+        envs.reset(seed=0)
+        envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))
+    one = np.ones(1, np.int64)
+    _within(one, one, one)  # the check of discrete actions, Gymnasium's too
 
 
 def shared_array(shape, dtype):
