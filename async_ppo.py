@@ -75,11 +75,9 @@ class Args:
     checkpoint_every: int = 100_000  # steps between checkpoints
 
     env_id: str = "CartPole-v1"  # any environment with vector observations, of envs.py or of Gymnasium
-    env_kwargs: dict[str, int | float | bool] = field(
-        default_factory=dict
-    )  # its arguments: gravity -9 enable_wind True
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
     eval_env_id: str | None = None  # the environment that policies are evaluated in, None is the one they train in
-    eval_env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)  # likewise, of eval_env_id
+    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_envs: int = 32  # environments of all actors together, in each process of a torchrun
     num_actors: int = 2  # processes that step them while the learner learns; 0 is the synchronous algorithm
     num_workers: int | None = None  # processes to step them in with 0 actors; 0 is this one, None picks
@@ -427,11 +425,12 @@ if __name__ == "__main__":
     # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
     torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
-        own = run.checkpoint["ranks"][rank]
-        agent.load_state_dict(run.checkpoint["model"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        torch.set_rng_state(own["rng"])
-        novelty_sums[...] = own["novelty_sums"]
+        with run.restoring():
+            own = run.checkpoint["ranks"][rank]
+            agent.load_state_dict(run.checkpoint["model"])
+            optimizer.load_state_dict(run.checkpoint["optimizer"])
+            torch.set_rng_state(own["rng"])
+            novelty_sums[...] = own["novelty_sums"]
 
     # The actors; or, with none, what an actor has, in this process
     seeds = (args.seed, rank, run.step)

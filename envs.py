@@ -27,6 +27,7 @@ Lander.
 import collections
 import contextlib
 import dataclasses
+import glob
 import importlib
 import inspect
 import io
@@ -37,12 +38,14 @@ import multiprocessing
 import multiprocessing.connection
 import numbers
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
@@ -91,7 +94,7 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
 
     Raises ValueError, before anything starts, that names the argument, its value and what is allowed.
     """
-    num_envs = _integer("num_envs", num_envs, 1)
+    num_envs = _integer("num_envs", num_envs, 1, LARGEST_SIZE)
     if num_workers is not None:
         num_workers = _integer("num_workers", num_workers, 0, num_envs)
     native = isinstance(env_id, str) and env_id in NATIVE_ENVS
@@ -192,7 +195,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     def __init__(self, num_envs, observation_space, action_space, render_mode=None, first_env=0):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
-        self.num_envs = _integer("num_envs", num_envs, 1)
+        self.num_envs = _integer("num_envs", num_envs, 1, LARGEST_SIZE)
         self.first_env = _integer("first_env", first_env, 0)
         self.render_mode = render_mode
         self.single_observation_space = observation_space
@@ -791,9 +794,9 @@ class Swarm(NativeVectorEnv):
         render_mode=None,
         first_env=0,
     ):
-        n_agents = _integer("n_agents", n_agents, 1)
-        n_neighbors = _integer("n_neighbors", n_neighbors, 1)
-        n_obstacles = _integer("n_obstacles", n_obstacles, 0)
+        n_agents = _integer("n_agents", n_agents, 1, LARGEST_SIZE)
+        n_neighbors = _integer("n_neighbors", n_neighbors, 1, LARGEST_SIZE)
+        n_obstacles = _integer("n_obstacles", n_obstacles, 0, LARGEST_SIZE)
         if box_size is None:
             box_size = max(math.sqrt(n_agents / SWARM_PUBLISHED_DENSITY), 2.0 * _number("radius", radius))
         box_size = _number("box_size", box_size, 1e-6)
@@ -1488,8 +1491,8 @@ class LidarNavigation(NativeVectorEnv):
         render_mode=None,
         first_env=0,
     ):
-        n_agents = _integer("n_agents", n_agents, 1)
-        n_obstacles = _integer("n_obstacles", n_obstacles, 0)
+        n_agents = _integer("n_agents", n_agents, 1, LARGEST_SIZE)
+        n_obstacles = _integer("n_obstacles", n_obstacles, 0, LARGEST_SIZE)
         width, height = _number("width", width, 3.0), _number("height", height, 3.0)
         # Thrown at random, discs with half their gap find room until they cover about a half; a quarter leaves ways.
         for name, count, radius, area in (
@@ -2106,7 +2109,7 @@ def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwa
             limit = "give it a time limit, as max_episode_steps among the arguments of a Gymnasium environment"
             raise RuntimeError(f"an episode of {env_id} did not end within {LONGEST_EPISODE:,} steps: {limit}")
         if record:
-            frames.append(envs.render()[0])
+            frames.append(_as_rgb(envs.render()[0]))
         observations, reward, _, _, infos = envs.step(policy(observations, infos))
         reward = reward.reshape(num_episodes, -1).mean(axis=1)
         rewards.append(np.where(running, reward, np.nan))
@@ -2124,11 +2127,9 @@ def compare(policies, env_id, num_episodes, seed, /, folder=None, **env_kwargs):
     """Evaluate `policies` {name: make_policy} beside the baselines on the same episodes.
 
     Returns (scores, table): the mean return of each, and the whole comparison as Markdown, mean and standard deviation
-    over episodes. With a `folder`, also draws `eval.png` (reward through the episode) and, of an environment that draws
-    pictures, `eval.mp4` (the first episode of each, side by side).
+    over episodes. With a `folder`, also draws `eval.png`, the reward through the episode.
     """
-    entries = {name: (make_policy, env_kwargs) for name, make_policy in policies.items()}
-    entries |= baselines(env_id, **env_kwargs)
+    entries = _contestants(policies, env_id, env_kwargs)
     results = {name: evaluate(make, env_id, num_episodes, seed, **kwargs) for name, (make, kwargs) in entries.items()}
     scores = {name: float(stats["r"].mean()) for name, (stats, _, _) in results.items()}
     names = next(iter(results.values()))[0]
@@ -2141,21 +2142,51 @@ def compare(policies, env_id, num_episodes, seed, /, folder=None, **env_kwargs):
         columns = [stats["r"], stats["l"], stats["r"] / stats["l"], *(stats[metric] for metric in metrics)]
         lines.append(f"| {name} | {' | '.join(f'{column.mean():.3f} +- {column.std():.3f}' for column in columns)} |")
     if folder is not None:
-        _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
-        metadata = _metadata(env_id, **env_kwargs)
-        if "rgb_array" not in metadata.get("render_modes", ()):
-            print(f"no eval.mp4: {env_id} draws no pictures")
-            return scores, "\n".join(lines)
-        videos = {}
-        for name, (make_policy, kwargs) in entries.items():
-            videos[f"{name}   {scores[name]:.1f}"] = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)[2]
-        write_video(videos, f"{folder}/eval.mp4", fps=metadata.get("render_fps") or 25)
+        try:
+            _plot_rewards({name: rewards for name, (_, rewards, _) in results.items()}, f"{folder}/eval.png")
+        except OSError as error:
+            print(f"no eval.png: {error}")
     return scores, "\n".join(lines)
 
 
-def _metadata(env_id, **env_kwargs):
-    with contextlib.closing(make_vec(env_id, 1, num_workers=0, **env_kwargs)) as envs:
-        return envs.metadata
+def _contestants(policies, env_id, env_kwargs):
+    """{name: (make_policy, env_kwargs)} of the policies, first, and of the baselines, whose names are their own."""
+    opponents = baselines(env_id, **env_kwargs)
+    entries = {}
+    for name, make_policy in policies.items():
+        entries[f"{name} (trained)" if name in opponents else name] = (make_policy, env_kwargs)
+    return entries | opponents
+
+
+def film(policies, env_id, seed, path, /, captions=None, **env_kwargs):
+    """A video of the first episode of each of `policies` {name: make_policy} and of the baselines, side by side.
+
+    captions {name: text} stand beside the names. Where no picture can be drawn or written, it says so, and why.
+    """
+    _film(_contestants(policies, env_id, env_kwargs), captions or {}, env_id, seed, path, env_kwargs)
+
+
+def record(make_policy, env_id, seed, path, /, **env_kwargs):
+    """A video of one episode of one policy; otherwise as `film`."""
+    _film({Path(path).stem: (make_policy, env_kwargs)}, {}, env_id, seed, path, env_kwargs)
+
+
+def _film(entries, captions, env_id, seed, path, env_kwargs):
+    path = Path(path)
+    try:
+        with contextlib.closing(make_vec(env_id, 1, num_workers=0, **env_kwargs)) as envs:
+            metadata = envs.metadata
+        if "rgb_array" not in metadata.get("render_modes", ()):
+            raise ValueError(f"{env_id} draws no pictures")
+        videos = {}
+        for name, (make_policy, kwargs) in entries.items():
+            _, _, frames = evaluate(make_policy, env_id, 1, seed, record=True, **kwargs)
+            videos[f"{name}   {captions[name]}" if name in captions else name] = frames
+        write_video(videos, str(path), fps=metadata.get("render_fps") or 25)
+    except Exception as error:  # of whatever draws: a display, OpenGL, ffmpeg or a full disk may be missing
+        path.unlink(missing_ok=True)
+        reason = str(error).strip() or type(error).__name__
+        print(f"no {path.name}: {reason.splitlines()[-1]}")
 
 
 def _plot_rewards(curves, path):
@@ -2175,14 +2206,20 @@ def _plot_rewards(curves, path):
     figure.savefig(path, dpi=120)
 
 
-def record(make_policy, env_id, seed, path, /, **env_kwargs):
-    """A video of one episode, as fast as the environment's "render_fps"; `path` is a Path."""
-    metadata = _metadata(env_id, **env_kwargs)
-    if "rgb_array" not in metadata.get("render_modes", ()):
-        print(f"no {path.name}: {env_id} draws no pictures")
-        return
-    frames = evaluate(make_policy, env_id, 1, seed, record=True, **env_kwargs)[2]
-    write_video({path.stem: frames}, str(path), fps=metadata.get("render_fps") or 25)
+def _as_rgb(picture):
+    """A picture (height, width), or with 1, 3 or 4 channels, of integers to 255 or floats to 1, as RGB in uint8."""
+    picture = np.asarray(picture)
+    if picture.dtype.kind not in "buif" or picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] > 4):
+        raise ValueError(f"render returned {picture.dtype} {picture.shape}: it must be a picture (height, width, 3)")
+    if picture.dtype.kind in "bf":
+        picture = 255.0 * picture
+    picture = np.clip(picture, 0, 255)
+    if picture.ndim == 2:
+        picture = picture[..., None]
+    if picture.shape[2] in (2, 4):  # the last channel is opacity, shown on white
+        opacity = picture[..., -1:] / 255.0
+        picture = opacity * picture[..., :-1] + (1.0 - opacity) * 255.0
+    return np.broadcast_to(picture, (*picture.shape[:2], 3)).astype(np.uint8)
 
 
 def write_video(videos, path, fps=25, **options):
@@ -2223,24 +2260,27 @@ def write_video(videos, path, fps=25, **options):
 # The files of a training run, the same for every script. torch and what logs are imported where they are needed, so
 # that environments and their workers do without them.
 
+SIGNAL_SECONDS = 3.0  # a second SIGINT or SIGTERM so long after the first ends a run at once, without a checkpoint
+FINITE = ("value_loss", "policy_loss", "entropy", "kl", "novelty", "std")  # losses with which a run must not go on
 VALIDATION_SEED = 2**62  # evaluations during training; held out, because the seeds of training stay below
 TEST_SEED = 2**62 + 1  # the closing comparison
+LARGEST_SIZE = 2**20  # of anything of which there are arrays
 ARGUMENT_RANGES = {
     "seed": (0, 2**32 - 1),
-    "eval_every": (1, math.inf),
-    "eval_episodes": (1, math.inf),
-    "checkpoint_every": (1, math.inf),
-    "num_envs": (1, math.inf),
-    "num_groups": (1, math.inf),
-    "group_size": (2, math.inf),
-    "num_actors": (0, math.inf),
-    "max_lag": (0, math.inf),
-    "hidden_dim": (2, math.inf),
-    "hops": (1, math.inf),
+    "eval_every": (1, 2**62),
+    "eval_episodes": (1, LARGEST_SIZE),
+    "checkpoint_every": (1, 2**62),
+    "num_envs": (1, LARGEST_SIZE),
+    "num_groups": (1, LARGEST_SIZE),
+    "group_size": (2, LARGEST_SIZE),
+    "num_actors": (0, LARGEST_SIZE),
+    "max_lag": (0, LARGEST_SIZE),
+    "hidden_dim": (2, LARGEST_SIZE),
+    "hops": (1, LARGEST_SIZE),
     "init_logstd": (-20, 5),
-    "total_timesteps": (1, math.inf),
+    "total_timesteps": (1, 2**62),
     "learning_rate": (1e-12, 1e12),
-    "num_steps": (1, math.inf),
+    "num_steps": (1, LARGEST_SIZE),
     "reward_scale": (1e-12, 1e12),
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
@@ -2249,15 +2289,15 @@ ARGUMENT_RANGES = {
     "hybrid_clip": (1e-12, math.inf),
     "rnd_coef": (0, 1e12),
     "rnd_gamma": (0, 1),
-    "num_minibatches": (1, math.inf),
-    "update_epochs": (1, math.inf),
+    "num_minibatches": (1, LARGEST_SIZE),
+    "update_epochs": (1, LARGEST_SIZE),
     "clip_coef": (1e-12, 1e12),
     "ent_coef": (0, 1e12),
     "vf_coef": (0, 1e12),
     "kl_coef": (1e-4, 1),
     "kl_coef_target": (1e-12, 1e12),
     "kl_adjust": (1, 1e12),
-    "ref_update_freq": (1, math.inf),
+    "ref_update_freq": (1, LARGEST_SIZE),
     "max_grad_norm": (1e-12, 1e12),
     "target_kl": (1e-12, 1e12),
 }
@@ -2273,6 +2313,25 @@ def check_args(args):
         raise ValueError(f"env_kwargs is {args.env_kwargs}: n_agents must be given by itself, as --n-agents")
 
 
+class _Output:
+    """stdout or stderr: what cannot be written, because a pipe, a terminal or the disk is gone, is given up."""
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # None after 2>&-
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def parse_args(Args, doc):
     """The command line as an instance of a script's dataclass `Args`; `doc` is what --help says first.
 
@@ -2280,11 +2339,23 @@ def parse_args(Args, doc):
     """
     import tyro
 
+    if not isinstance(sys.stdout, _Output):  # it is, where one process runs several scripts
+        sys.stdout = _Output(sys.stdout)
+        sys.stderr = _Output(sys.stderr)
+    for flag in ("--env-kwargs", "--eval-env-kwargs"):
+        if sum(word.replace("_", "-") == flag for word in sys.argv) > 1:
+            raise ValueError(f"{flag} is given twice: all of them belong behind one")
     description = doc.replace("\n", "\n ")
     args = tyro.cli(Args, description=description)
     if not args.evaluate:
         return args
     saved = load(args.evaluate)["args"]
+    names = {field.name for field in dataclasses.fields(Args)}
+    if set(saved) != names:
+        others = sorted(set(saved) ^ names)
+        whose = f"{args.evaluate} was saved by {saved.get('exp_name')!r}, another script or version"
+        raise ValueError(f"{whose}: its arguments and those here differ in {', '.join(others)}")
+    _check_modules(args, saved)
     default = saved | {name: {} for name in saved if name.endswith("env_kwargs")}
     default |= {"init_from": None, "cuda": args.cuda}
     args = tyro.cli(Args, description=description, default=Args(**default))
@@ -2298,6 +2369,19 @@ def parse_args(Args, doc):
     if args.eval_env_id == saved["eval_env_id"]:
         args.eval_env_kwargs = saved["eval_env_kwargs"] | args.eval_env_kwargs
     return args
+
+
+def _check_modules(args, saved):
+    """A stranger's file must not choose what is imported: ValueError unless the command line names the module too."""
+    names = ("env_id", "eval_env_id")
+    given = {(getattr(args, name, None) or "").rpartition(":")[0] for name in names}
+    for name in names:
+        env_id = saved.get(name) or ""
+        if ":" in env_id and env_id.rpartition(":")[0] not in given:
+            flag = "--eval-env-id" if "eval_env_id" in saved else "--env-id"
+            raise ValueError(
+                f"{args.evaluate} asks for {env_id}, which runs that module: say {flag} {env_id} to allow it"
+            )
 
 
 def check_spaces(args, envs, discrete_only=False):
@@ -2371,24 +2455,70 @@ def flatten(module):
 
 def evaluate_model(args, make_policy, env_id, env_kwargs):
     """What --evaluate does: compare a saved model's policy with the baselines, in a new folder beside the model."""
-    folder = Path(args.evaluate).parent / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir()
+    name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = _make_folder(Path(args.evaluate).parent / name)
     policies = _policies(args.exp_name, make_policy)
-    _, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)
+    scores, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)
     print(table)
+    _film_comparison(args.exp_name, make_policy, scores, env_id, env_kwargs, folder)
     print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
 def _policies(name, make_policy):
     """What is compared with the baselines: the greedy policy, and the one that training saw."""
-    return {name: make_policy, "sampled": partial(make_policy, greedy=False)}
+    greedy = f"{name} (greedy)" if name == "sampled" else name
+    return {greedy: make_policy, "sampled": partial(make_policy, greedy=False)}
+
+
+def _film_comparison(name, make_policy, scores, env_id, env_kwargs, folder):
+    captions = {contestant: f"{score:.1f}" for contestant, score in scores.items()}
+    film({name: make_policy}, env_id, TEST_SEED, folder / "eval.mp4", captions=captions, **env_kwargs)
+
+
+class _EventFile:
+    """TensorBoard's writer, for which a full disk is no reason to end a training: said once, and tried again later."""
+
+    def __init__(self, folder, first_step):
+        self.folder = folder
+        self.options = {"purge_step": first_step}  # drops what a process before this one had logged from there on
+        self.writer = None
+        self.failed = False
+
+    @contextlib.contextmanager
+    def open(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.folder, **self.options)
+                self.options = {}
+            yield self.writer
+        except OSError as error:
+            self.writer = None  # it would repeat the error for ever
+            if not self.failed:
+                print(f"\nnot logged, {self.folder}: {error}")
+            self.failed = True
+
+    def add_scalars(self, scalars, step):
+        with self.open() as writer:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+
+    def has_test_scores(self):
+        """Whether a process before this one has come as far as its last lines."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.folder))
+        events.Reload()
+        return any(tag.startswith("test/") for tag in events.Tags()["scalars"])
 
 
 class Run:
     """A run's bookkeeping: its folder, logs, evaluations, checkpoints and the signals that end it.
 
         run = Run(args, agent.make_policy, total_steps, env_id, env_kwargs)  # a new folder, or an unfinished run's
-        if run.checkpoint: ...                                              # put back what was given to `save`
+        if run.checkpoint:
+            with run.restoring(): ...                                       # put back what was given to `save`
         while ...:
             run.add_episodes(infos["episode"], infos["_episode"])
             run.log(step, scalars)
@@ -2426,22 +2556,37 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             dist.init_process_group("nccl" if args.cuda else "gloo")
-        opened = list(open_run(self.args, self.world_size)) if self.rank == 0 else [None, None]
+        opened = [None, None]
+        self.unlock = lambda: None
+        if self.rank == 0:
+            *opened, self.unlock = open_run(self.args, self.world_size)
         if self.world_size > 1:
             dist.broadcast_object_list(opened)
         self.folder, self.checkpoint = opened
         self.step = self.checkpoint["step"] if self.checkpoint else 0
-        self.best_score = -math.inf
         if self.rank == 0:
-            if (self.folder / "model.pt").exists():  # it may be newer than the checkpoint
-                self.best_score = load(self.folder / "model.pt")["score"]
+            best = self._best_model()
+            self.best_score = best.get("score", -math.inf) if best else -math.inf
             self._open_logs()
-        self.signals = []  # those that came; the first of a kind ends the run after the iteration, the second at once
+        self.signals = []  # when SIGINT or SIGTERM came
         self.stopping = False
         for number in SIGNALS:
             signal.signal(number, self._take_signal)
         self.first_step = self.last_step = self.step
         self.start_time = time.time()
+
+    @contextlib.contextmanager
+    def restoring(self):
+        """Around what puts a checkpoint back. One that does not fit is set aside: the same command then starts anew."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            path = self.folder / "checkpoint.pt"
+            aside = self.folder / "checkpoint-unfit.pt"
+            if self.rank == 0:
+                os.replace(path, aside)
+            reason = f"{path} is not of this version of the scripts ({error!r})"
+            raise SystemExit(f"{reason}: it is now {aside.name}, and the same command starts a new run") from error
 
     def add_episodes(self, metrics, ended):
         """Remember metrics {name: (num_envs,)} of the episodes that `ended` (num_envs,); `log` writes their means."""
@@ -2455,13 +2600,14 @@ class Run:
         tags = {"r": "charts/episodic_return", "l": "charts/episodic_length"}
         means = {tags.get(name, f"episode/{name}"): np.mean(values) for name, values in self.episodes.items() if values}
         self.episodes = {}
+        scalars = {tag: float(value) for tag, value in (means | scalars).items()}
+        for tag in ("charts/episodic_return", *(f"losses/{name}" for name in FINITE)):
+            self._check_finite(tag, scalars.get(tag, 0.0))
         if self.rank > 0:
             return
-        scalars = means | scalars
         # All costs included, evaluations too
         scalars["charts/SPS"] = (self.step - self.first_step) / (time.time() - self.start_time)
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, float(value), step)
+        self.events.add_scalars(scalars, step)
         self.progress.update(self.step - self.last_step)
         if "charts/episodic_return" in scalars:
             text = f"SPS {scalars['charts/SPS']:,.0f}, return {scalars['charts/episodic_return']:.2f}"
@@ -2473,9 +2619,9 @@ class Run:
             return
         episodes = self.args["eval_episodes"]
         stats, _, _ = evaluate(self.make_policy, self.env_id, episodes, VALIDATION_SEED, **self.env_kwargs)
-        for name, values in stats.items():
-            self.writer.add_scalar(f"eval/{name}", values.mean(), self.step)
+        self.events.add_scalars({f"eval/{name}": values.mean() for name, values in stats.items()}, self.step)
         score = float(stats["r"].mean())
+        self._check_finite("the held-out return", score)
         content = {"args": self.args, "model": model, "score": score}
         best = score > self.best_score and save(content, self.folder / "model.pt")
         if best:
@@ -2503,8 +2649,12 @@ class Run:
 
     def keep(self, state, own):
         """Put a checkpoint together without writing it."""
+        import torch
         import torch.distributed as dist
 
+        for name, weights in state["model"].items():
+            if not torch.isfinite(weights).all():
+                self._check_finite(f"a weight of {name}", math.nan)
         own = _without_numpy(own)
         ranks = [own] * self.world_size
         if self.world_size > 1:
@@ -2513,7 +2663,8 @@ class Run:
 
     def write_checkpoint(self):
         if self.rank == 0 and self.checkpoint:
-            self.writer.flush()  # first, so that the curves reach at least as far as the checkpoint
+            with self.events.open() as writer:
+                writer.flush()  # first, so that the curves reach at least as far as the checkpoint
             save(self.checkpoint, self.folder / "checkpoint.pt")
 
     def finish(self, agent):
@@ -2529,41 +2680,65 @@ class Run:
                 print(f"stopped at {where}; the same command goes on from there: {self.folder}")
             else:
                 self._conclude(agent)
+        self.unlock()
         if self.world_size > 1:
             dist.barrier()  # torchrun ends all if one fails, even on its way out: rank 0 has to have written its files
             dist.destroy_process_group()
 
+    def _best_model(self):
+        """What `evaluate` saved last, also in the process before this one: it may be newer than the checkpoint."""
+        try:
+            return load(self.folder / "model.pt")
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            print(f"not the best model any more: {error}")
+            return None
+
     def _conclude(self, agent):
-        agent.load_state_dict(load(self.folder / "model.pt")["model"])
+        best = self._best_model()
+        if best:
+            agent.load_state_dict(best["model"])
+        else:
+            print(f"no model.pt in {self.folder}: what follows is the last policy, not the best one")
+            save({"args": self.args, "model": agent.state_dict(), "score": math.nan}, self.folder / "model.pt")
         episodes = self.args["eval_episodes"]
         policies = _policies(self.args["exp_name"], self.make_policy)
         scores, table = compare(policies, self.env_id, episodes, TEST_SEED, self.folder, **self.env_kwargs)
         print(f"\nThe best policy on {episodes} other held-out episodes:\n\n{table}\n")
-        for name, score in scores.items():
-            self.writer.add_scalar(f"test/{name}", score, self.step)
-        self.writer.close()
+        _film_comparison(self.args["exp_name"], self.make_policy, scores, self.env_id, self.env_kwargs, self.folder)
+        if self.first_step < self.total_steps or not self.events.has_test_scores():
+            self.events.add_scalars({f"test/{name}": score for name, score in scores.items()}, self.step)
+        with self.events.open() as writer:
+            writer.close()
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         files = ", ".join(sorted(os.listdir(self.folder)))
         print(f"{(time.time() - self.start_time) / 60:.1f} minutes. In {self.folder}: {files}")
 
     def _open_logs(self):
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         if self.args["track"]:
             import wandb
 
-            name = self.folder.name
+            name = re.sub(r"[^\w.-]", "_", self.folder.name)  # an env_id may hold a colon, which W&B refuses
             project = self.args["wandb_project_name"]
             wandb.init(project=project, config=self.args, sync_tensorboard=True, id=name, name=name, resume="allow")
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # drops what came after the checkpoint
+        self.events = _EventFile(self.folder, first_step=self.step + 1)
         where = f"{self.step:,} of {self.args['total_timesteps']:,}: {self.folder}"
         print(f"resumed at {where}" if self.checkpoint else f"new, {where}")
         if not self.checkpoint:
             rows = "\n".join(f"| {name} | {value} |" for name, value in self.args.items())
-            self.writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
+            with self.events.open() as writer:
+                writer.add_text("args", f"| argument | value |\n|---|---|\n{rows}")
             self._record("0.mp4")
         self.progress = tqdm(total=self.total_steps, initial=self.step, unit_scale=True)
+
+    def _check_finite(self, what, value):
+        if not math.isfinite(value):
+            since = f"in the iteration from step {self.last_step:,} to step {self.step:,}"
+            kept = f"what was saved before is kept in {self.folder}"
+            raise FloatingPointError(f"{what} is {value} {since}: the training ends, and {kept}")
 
     def _record(self, name):
         if self.args["capture_video"]:
@@ -2574,8 +2749,12 @@ class Run:
         return self.step // self.args[every] > self.last_step // self.args[every] or self.step >= self.total_steps
 
     def _take_signal(self, number, frame):
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        """The first ends the run after the iteration. Jobs often get it twice: only a later one ends it at once."""
+        now = time.monotonic()
+        if self.signals and now - self.signals[0] > SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signals.append(now)
 
 
 def _without_numpy(value):
@@ -2619,48 +2798,91 @@ def load(path):
     import torch
 
     try:
+        with zipfile.ZipFile(path) as file:  # torch writes a check sum of every part, and does not look at it
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"the check sum of its part {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: content[name] for name in ("args", "model")} | content
+        return {name: dict(content[name]) for name in ("args", "model")} | content
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{path} is damaged, or not a file of these scripts: {error!r}") from error
 
 
+_locks = {}  # {folder: descriptor}, held by runs of this process
+
+
 def lock(folder):
-    """Whether this process is now the one in a run's folder; the lock goes when it ends, however it ends."""
+    """Make this process the one in a run's folder, as long as it lives; returns what gives the lock back, or None.
+
+    None if another process has it. A run before, of this same process, has ended: its lock passes on.
+    """
     import fcntl  # not on Windows
 
+    folder = Path(folder).resolve()
+    unlock = partial(_unlock, folder)
+    unlock()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        return False
-    owner = os.getpid()  # whose children close their copy, or one that outlives it would keep the lock
-    os.register_at_fork(after_in_child=lambda: os.getppid() == owner and os.close(descriptor))
-    return True
+        return None
+    except OSError:  # some file systems of networks have no locks: then nothing keeps two runs apart
+        pass
+    _locks[folder] = descriptor
+    return unlock
+
+
+def _unlock(folder):
+    if folder in _locks:
+        os.close(_locks.pop(folder))
+
+
+def _leave_locks():
+    """In a forked child: its copies would keep the locks of a caller that has ended."""
+    for folder in list(_locks):
+        _unlock(folder)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def open_run(args, world_size):
-    """The folder, locked, and checkpoint of an unfinished run of exactly these arguments; or a new folder and None."""
+    """(folder, checkpoint, unlock) of an unfinished run of exactly these arguments; checkpoint is None of a new one."""
     name = f"{args['env_id']}__{args['exp_name']}__"
-    for path in sorted(Path("runs").glob(f"{name}*/checkpoint.pt")):
+    for path in sorted(Path("runs").glob(f"{glob.escape(name)}*/checkpoint.pt")):
         try:
             checkpoint = load(path)
-        except (FileNotFoundError, ValueError) as error:
+            ranks = len(checkpoint["ranks"])
+            others = [name for name in args if checkpoint["args"].get(name) != args[name]]
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             print(f"not resumed, and left where it is: {error}")
             continue
-        if checkpoint["args"] != args or len(checkpoint.get("ranks", ())) != world_size:
-            print(f"left alone, an unfinished run of other arguments: {path.parent}")
-        elif not lock(path.parent) or not path.exists():
-            print(f"left alone, a run that another process has in hand: {path.parent}")
-        else:
-            return path.parent, load(path)
+        if others:
+            print(f"left alone, an unfinished run with other arguments ({', '.join(others)}): {path.parent}")
+            continue
+        if ranks != world_size:
+            print(f"left alone, an unfinished run of {ranks} processes, where there are {world_size}: {path.parent}")
+            continue
+        unlock = lock(path.parent)
+        if unlock and path.exists():
+            return path.parent, load(path), unlock
+        print(f"left alone, a run that another process has in hand: {path.parent}")
     folder = Path("runs") / f"{name}{args['seed']}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir(parents=True)
-    lock(folder)
-    return folder, None
+    folder = _make_folder(folder)
+    return folder, None, lock(folder)
+
+
+def _make_folder(path):
+    """A new folder at `path`, or with a number behind it where one process starts several runs in a second."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3395,18 +3617,18 @@ def parallel_env(env_id, render_mode=None, **env_kwargs):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _integer(name, value, low, high=math.inf):
+def _integer(name, value, low, high=2**31 - 1):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
-        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        allowed = f"from {low} to {high}"
         raise ValueError(f"{name} is {value!r}: it must be an integer, {allowed}")
     return int(value)
 
 
-def _number(name, value, low=-math.inf, high=math.inf):
+def _number(name, value, low=-1e6, high=1e6):
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}: it must be a finite number")
     if not low <= value <= high:
-        allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        allowed = f"from {low:g} to {high:g}"
         raise ValueError(f"{name} is {value!r}: it must be {allowed}")
     return float(value)
 

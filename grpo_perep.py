@@ -50,11 +50,9 @@ class Args:
     checkpoint_every: int = 500_000  # steps between checkpoints
 
     env_id: str = "DenseLunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
-    env_kwargs: dict[str, int | float | bool] = field(
-        default_factory=dict
-    )  # its arguments: gravity -9 enable_wind True
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
     eval_env_id: str | None = None  # what policies are evaluated in, None is LunarLander for its variants, else env_id
-    eval_env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)  # likewise, of eval_env_id
+    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_groups: int = 8  # groups in an iteration, in each process of a torchrun
     group_size: int = 16  # G, episodes in a group; all run side by side
     identical_g: bool = True  # start all episodes of a group from the same state
@@ -225,12 +223,13 @@ if __name__ == "__main__":
     # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
     torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
-        iteration = run.checkpoint["iteration"]
-        kl_coef = run.checkpoint["kl_coef"]
-        agent.load_state_dict(run.checkpoint["model"])
-        reference.load_state_dict(run.checkpoint["reference"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        torch.set_rng_state(run.checkpoint["ranks"][rank]["rng"])
+        with run.restoring():
+            iteration = run.checkpoint["iteration"]
+            kl_coef = run.checkpoint["kl_coef"]
+            agent.load_state_dict(run.checkpoint["model"])
+            reference.load_state_dict(run.checkpoint["reference"])
+            optimizer.load_state_dict(run.checkpoint["optimizer"])
+            torch.set_rng_state(run.checkpoint["ranks"][rank]["rng"])
 
     while run.step < args.total_timesteps:  # it counts the steps of the episodes, of all processes
         if args.anneal_lr:

@@ -54,7 +54,9 @@ class Args:
 
     env_id: str = "LidarNavigation"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
-    env_kwargs: dict[str, int | float | bool] = field(default_factory=dict)  # more of its arguments: noise 0.1 dt 0.1
+    env_kwargs: dict[str, int | float | bool | str] = field(
+        default_factory=dict
+    )  # its further arguments, as in: dt 0.1
     num_envs: int = 32  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
@@ -342,12 +344,13 @@ if __name__ == "__main__":
     # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
     torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
-        own = run.checkpoint["ranks"][rank]
-        agent.load_state_dict(run.checkpoint["model"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        torch.set_rng_state(own["rng"])
-        next_obs, next_neighbors = to_tensors(*envs.set_state(own["envs"]), device)
-        memory[:] = own["memory"]
+        with run.restoring():
+            own = run.checkpoint["ranks"][rank]
+            agent.load_state_dict(run.checkpoint["model"])
+            optimizer.load_state_dict(run.checkpoint["optimizer"])
+            torch.set_rng_state(own["rng"])
+            next_obs, next_neighbors = to_tensors(*envs.set_state(own["envs"]), device)
+            memory[:] = own["memory"]
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         if args.anneal_lr:
