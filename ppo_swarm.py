@@ -52,9 +52,7 @@ class Args:
 
     env_id: str = "Swarm"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
-    env_kwargs: dict[str, int | float | bool | str] = field(
-        default_factory=dict
-    )  # its further arguments, as in: dt 0.1
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
     num_envs: int = 32  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
