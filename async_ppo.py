@@ -446,8 +446,9 @@ if __name__ == "__main__":
         fragment = make_fragment(envs, args.num_steps)
         observations, _ = envs.reset(seed=seed)
         if run.checkpoint and own["envs"]:
-            generator.set_state(own["generator"])
-            observations, _ = envs.set_state(own["envs"])
+            with run.restoring():
+                generator.set_state(own["generator"])
+                observations, _ = envs.set_state(own["envs"])
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         if args.anneal_lr:

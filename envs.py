@@ -11,8 +11,9 @@ In order:
     VmasNavigation   the navigation scenario of VMAS, step for step
     Baselines        random actions, and what each environment is measured against
     Evaluation       held-out episodes, the comparison table, plot and side-by-side video
-    Runs             files that survive a crash, and finding the unfinished run to go on with
-    Vectorizer       any environment on a pool of forked workers, batches in shared memory
+    Arguments        the command line of a script, ranges, the processes of a torchrun
+    Runs             the class `Run`: folder, logs, evaluations, signals, and files that survive a crash
+    Vectorizer       any environment on a pool of forked workers, batches in shared memory; streams of such workers
     Adapters         one native environment alone, as Gymnasium's `Env` or PettingZoo's `ParallelEnv`
     Checks           of arguments, actions, seeds and states: a ValueError that names what is wrong
     Lunar Lander     Gymnasium's LunarLander-v3, its Box2D physics included
@@ -2255,15 +2256,11 @@ def write_video(videos, path, fps=25, **options):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runs
+# Arguments
 # ----------------------------------------------------------------------------------------------------------------------
-# The files of a training run, the same for every script. torch and what logs are imported where they are needed, so
-# that environments and their workers do without them.
+# What a script does before there is anything to train, the same for all. torch is imported where it is needed, here and
+# in the next section, so that environments and their workers do without it.
 
-SIGNAL_SECONDS = 3.0  # a second SIGINT or SIGTERM so long after the first ends a run at once, without a checkpoint
-FINITE = ("value_loss", "policy_loss", "entropy", "kl", "novelty", "std")  # losses with which a run must not go on
-VALIDATION_SEED = 2**62  # evaluations during training; held out, because the seeds of training stay below
-TEST_SEED = 2**62 + 1  # the closing comparison
 LARGEST_SIZE = 2**20  # of anything of which there are arrays
 ARGUMENT_RANGES = {
     "seed": (0, 2**32 - 1),
@@ -2275,7 +2272,7 @@ ARGUMENT_RANGES = {
     "group_size": (2, LARGEST_SIZE),
     "num_actors": (0, LARGEST_SIZE),
     "max_lag": (0, LARGEST_SIZE),
-    "hidden_dim": (2, LARGEST_SIZE),
+    "hidden_dim": (2, 2**14),
     "hops": (1, LARGEST_SIZE),
     "init_logstd": (-20, 5),
     "total_timesteps": (1, 2**62),
@@ -2453,6 +2450,16 @@ def flatten(module):
     return weights
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+SIGNAL_SECONDS = 3.0  # a second SIGINT or SIGTERM so long after the first ends a run at once, without a checkpoint
+FINITE = ("value_loss", "policy_loss", "entropy", "kl", "novelty", "std")  # losses with which a run must not go on
+VALIDATION_SEED = 2**62  # evaluations during training; held out, because the seeds of training stay below
+TEST_SEED = 2**62 + 1  # the closing comparison
+
+
 def evaluate_model(args, make_policy, env_id, env_kwargs):
     """What --evaluate does: compare a saved model's policy with the baselines, in a new folder beside the model."""
     name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -2494,6 +2501,8 @@ class _EventFile:
                 self.options = {}
             yield self.writer
         except OSError as error:
+            with contextlib.suppress(AttributeError, OSError):  # there may be none yet
+                self.writer.close()
             self.writer = None  # it would repeat the error for ever
             if not self.failed:
                 print(f"\nnot logged, {self.folder}: {error}")
