@@ -2486,7 +2486,7 @@ class _EventFile:
     """TensorBoard's writer, for which a full disk is no reason to end a training: said once, and tried again later."""
 
     def __init__(self, folder, first_step):
-        self.folder = folder
+        self.folder = folder.resolve()  # wherever the process goes
         self.options = {"purge_step": first_step}  # drops what a process before this one had logged from there on
         self.writer = None
         self.failed = False
@@ -2512,6 +2512,10 @@ class _EventFile:
         with self.open() as writer:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
+
+    def close(self):
+        with self.open() as writer:
+            writer.close()
 
     def has_test_scores(self):
         """Whether a process before this one has come as far as its last lines."""
@@ -2685,6 +2689,7 @@ class Run:
         if self.rank == 0:
             self.progress.close()
             if self.step < self.total_steps:
+                self.events.close()
                 where = f"{self.step:,} of {self.args['total_timesteps']:,}"
                 print(f"stopped at {where}; the same command goes on from there: {self.folder}")
             else:
@@ -2718,8 +2723,7 @@ class Run:
         _film_comparison(self.args["exp_name"], self.make_policy, scores, self.env_id, self.env_kwargs, self.folder)
         if self.first_step < self.total_steps or not self.events.has_test_scores():
             self.events.add_scalars({f"test/{name}": score for name, score in scores.items()}, self.step)
-        with self.events.open() as writer:
-            writer.close()
+        self.events.close()
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         files = ", ".join(sorted(os.listdir(self.folder)))
         print(f"{(time.time() - self.start_time) / 60:.1f} minutes. In {self.folder}: {files}")
