@@ -53,13 +53,48 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numba import njit
+from numba.core.caching import FunctionCache
 
-kernel = njit(cache=True, error_model="numpy")  # "numpy": dividing by zero gives infinity, and needs no branch
+
+class KernelCache(FunctionCache):
+    """numba's compiled functions on disk, where a file that cannot be read or written only costs time.
+
+    With `njit(cache=True)` an empty file, as a power cut leaves them, or a full disk ends every program.
+    """
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except Exception as error:  # whatever unpickling a damaged file comes to
+            warnings.warn(f"a kernel is compiled anew, its file in {self.cache_path} is damaged: {error!r}", stacklevel=1)
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, *args):
+        try:
+            super().save_overload(*args)
+        except Exception as error:
+            warnings.warn(f"a kernel is not kept in {self.cache_path}: {error!r}", stacklevel=1)
+
+
+def kernel(function, **options):
+    """`function` compiled by numba, and kept on disk where there is a place for it."""
+    compiled = njit(error_model="numpy", **options)(function)  # "numpy": dividing by zero needs no branch
+    try:
+        compiled._cache = KernelCache(function)
+    except RuntimeError:
+        place = "NUMBA_CACHE_DIR may name a folder to keep them in"
+        warnings.warn(f"kernels are compiled anew by every program, which takes a minute: {place}", stacklevel=1)
+    return compiled
+
+
 # For functions that take a whole state: passing such tuples of arrays costs more than stepping ten agents.
-inlined = njit(cache=True, error_model="numpy", inline="always")
+inlined = partial(kernel, inline="always")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Use
@@ -106,10 +141,11 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     if render_mode == "human" and num_workers:
         raise ValueError(f"num_workers is {num_workers}: a window (render_mode 'human') needs 0")
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(cores, num_envs)
+        num_workers = min(count_cores(), num_envs)
         too_small = native and num_envs * make_slice(1).buffers["rewards"].size < POOL_AGENTS
-        if num_workers == 1 or too_small or render_mode == "human":  # one worker would only add the way to it and back
+        daemonic = multiprocessing.current_process().daemon  # say, of a sweep: it may start no processes
+        # One worker would only add the way to it and back.
+        if num_workers == 1 or too_small or daemonic or render_mode == "human":
             num_workers = 0
     if num_workers > 0 and "fork" not in multiprocessing.get_all_start_methods():
         warnings.warn("workers need fork, which this system lacks: stepping in this process", stacklevel=2)
@@ -2319,6 +2355,19 @@ def check_spaces(args, envs, discrete_only=False):
             same_shape = observations.shape == envs.single_observation_space.shape
             if not same_shape or actions != envs.single_action_space:
                 raise ValueError(f"{given}: it must observe and act as {args.env_id} does")
+            check_range(given, actions)
+            if own.spec is not None and own.spec.max_episode_steps is None:
+                limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
+                print(f"{given}, which is registered without a time limit: {limit}")
+
+
+def check_range(given, actions):
+    """ValueError unless a squashed policy can reach every value of real `actions`; `given` says whose they are."""
+    if isinstance(actions, gym.spaces.Box):
+        with np.errstate(over="ignore"):
+            span = actions.high - actions.low
+        if not (np.isfinite(span) & (span > 0)).all():
+            raise ValueError(f"{given}: low < high must hold in every action, and high - low be finite, not {actions}")
 
 
 def setup(args):
@@ -2681,6 +2730,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DEATHS = 3  # so many deaths of a stream's workers within DEATH_SECONDS are an error
 DEATH_SECONDS = 60.0
 READY, STEP, CALL, STOP = range(4)  # orders to the workers
+CGROUP = "/sys/fs/cgroup"  # where a container finds its own; (quota, period) in version 2 and 1
+CORE_QUOTAS = [
+    (f"{CGROUP}/cpu.max", f"{CGROUP}/cpu.max"),
+    (f"{CGROUP}/cpu/cpu.cfs_quota_us", f"{CGROUP}/cpu/cpu.cfs_period_us"),
+]
 
 
 class GymnasiumVectorEnv(gym.vector.VectorEnv):
@@ -2698,6 +2752,9 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             module, _, name = env_id.rpartition(":")  # "module:id": the module registers it
             if module:
                 importlib.import_module(module)
+            namespace, base, version = parse_env_id(name)
+            if version is None and name not in gym.registry:  # the newest one, as `gymnasium.make` takes it
+                name = get_env_id(namespace, base, find_highest_version(namespace, base))
             gym.spec(name)
         except (gym.error.Error, AttributeError, ImportError, TypeError, ValueError) as error:
             allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
@@ -2712,7 +2769,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             # One window is enough, and an environment told to render pays for it at every step.
             wanted = {} if render_mode is None or (render_mode == "human" and env > 0) else {"render_mode": render_mode}
             try:
-                self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
+                self.envs.append(gym.make(name, disable_env_checker=True, **wanted, **env_kwargs))
             except (TypeError, ValueError, AssertionError) as error:
                 if not env_kwargs:
                     raise
@@ -3230,6 +3287,18 @@ def _take(semaphore, poll_seconds, check):
             check()
 
 
+def count_cores():
+    """How many cores this process may use: those that it is bound to, or fewer if its container has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for quota_file, period_file in CORE_QUOTAS:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # no such file; "max" is no quota
+            quota = int(Path(quota_file).read_text().split()[0])
+            period = int(Path(period_file).read_text().split()[-1])
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
 def compile_kernels(envs):
     """Compile or load the kernels that `envs` uses, so that processes forked afterwards have them."""
     if isinstance(envs, NativeVectorEnv):
@@ -3441,7 +3510,7 @@ def _valid_actions(actions, space):
     return actions
 
 
-@njit(cache=True)
+@kernel
 def _within(actions, start, count):
     """Whether each is one of `count` integers from `start` on; NumPy would take as long as the physics of a lander."""
     outside = 0
