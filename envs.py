@@ -2840,6 +2840,10 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         rewards = self.buffers["rewards"]
         terminations = self.buffers["terminations"]
         truncations = self.buffers["truncations"]
+        returns = self.returns
+        lengths = self.lengths
+        shape = observations.shape[1:]
+        dtype = observations.dtype
         # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
         actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
         for i, env in enumerate(self.envs):
@@ -2849,16 +2853,19 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             rewards[i] = reward
             terminations[i] = terminated
             truncations[i] = truncated
-            self.returns[i] += reward
-            self.lengths[i] += 1
+            returns[i] += reward
+            lengths[i] += 1
             if terminated or truncated:
                 self.buffers["final_observations"][i] = self._fitting(i, observation)
                 self._check_finite("final_observations")
-                self.buffers["stats"][i] = (self.returns[i], self.lengths[i])
-                self.returns[i] = 0.0
-                self.lengths[i] = 0
+                self.buffers["stats"][i] = (returns[i], lengths[i])
+                returns[i] = 0.0
+                lengths[i] = 0
                 observation, _ = env.reset()
-            observations[i] = self._fitting(i, observation)
+            # What fits at a glance saves the call, a hundredth of a CartPole's step.
+            if type(observation) is not np.ndarray or observation.shape != shape or observation.dtype is not dtype:
+                observation = self._fitting(i, observation)
+            observations[i] = observation
         self._check_finite("observations")
         self._check_finite("rewards")
 
