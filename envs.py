@@ -92,7 +92,7 @@ def kernel(function, **options):
         compiled._cache = KernelCache(function)
     except RuntimeError:
         place = "NUMBA_CACHE_DIR may name a folder to keep them in"
-        warnings.warn(f"kernels are compiled anew by every program, which takes a minute: {place}", stacklevel=1)
+        warnings.warn(f"kernels are compiled anew by every program, which takes minutes: {place}", stacklevel=1)
     return compiled
 
 
@@ -123,7 +123,8 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
       where `infos["_episode"]` is True. All of these are present only on steps in which an episode ended.
     - Returned arrays are copies: the next step leaves them as they are.
     - The same seed gives the same trajectories for any number of workers. With a list of seeds, each environment goes
-      as it would alone with its own.
+      as it would alone with its own. Gymnasium environments may draw from the global generators of NumPy and Python:
+      `reset(seed=...)` seeds these, too, then for this number of workers; `close` puts back what the caller had.
     - `reset(seed=..., options={"identical": n})` starts the environments in groups of n, each as the first of its group
       starts with that seed, or all alike with True; after that, each draws random numbers of its own.
 
