@@ -458,8 +458,9 @@ if __name__ == "__main__":
         rollout_start = time.time()
         if args.num_actors:
             try:
-                owners, fragments, lags = zip(*actors.take(args.num_actors), strict=True)
-            except RuntimeError:  # an actor failed, or too many died
+                taken = actors.take(args.num_actors, stop=lambda: run.signals)
+                owners, fragments, lags = zip(*taken, strict=True)
+            except RuntimeError:  # an actor failed, too many died, or they hang and a signal came
                 run.write_checkpoint()
                 raise
         else:

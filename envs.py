@@ -37,8 +37,11 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.pool
 import numbers
 import os
+import pickle
+import random
 import re
 import signal
 import sys
@@ -57,13 +60,48 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numba import njit
+from numba.core.caching import FunctionCache
 
-kernel = njit(cache=True, error_model="numpy")  # "numpy": dividing by zero gives infinity, and needs no branch
+
+class KernelCache(FunctionCache):
+    """numba's compiled functions on disk, where a file that cannot be read or written only costs time.
+
+    With `njit(cache=True)` an empty file, as a power cut leaves them, or a full disk ends every program.
+    """
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except Exception as error:  # whatever unpickling a damaged file comes to
+            warnings.warn(f"compiled anew, because of a damaged file in {self.cache_path}: {error!r}", stacklevel=1)
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, *args):
+        try:
+            super().save_overload(*args)
+        except Exception as error:
+            warnings.warn(f"compiled, but not kept in {self.cache_path}: {error!r}", stacklevel=1)
+
+
+def kernel(function, **options):
+    """`function` compiled by numba, and kept on disk where there is a place for it."""
+    compiled = njit(error_model="numpy", **options)(function)  # "numpy": dividing by zero needs no branch
+    try:
+        compiled._cache = KernelCache(function)
+    except RuntimeError:
+        place = "NUMBA_CACHE_DIR may name a folder to keep them in"
+        warnings.warn(f"kernels are compiled anew by every program, which takes minutes: {place}", stacklevel=1)
+    return compiled
+
+
 # For functions that take a whole state: passing such tuples of arrays costs more than stepping ten agents.
-inlined = njit(cache=True, error_model="numpy", inline="always")
+inlined = partial(kernel, inline="always")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Use
@@ -89,7 +127,8 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
       where `infos["_episode"]` is True. All of these are present only on steps in which an episode ended.
     - Returned arrays are copies: the next step leaves them as they are.
     - The same seed gives the same trajectories for any number of workers. With a list of seeds, each environment goes
-      as it would alone with its own.
+      as it would alone with its own. Gymnasium environments may draw from the global generators of NumPy and Python:
+      `reset(seed=...)` seeds these, too, then for this number of workers; `close` puts back what the caller had.
     - `reset(seed=..., options={"identical": n})` starts the environments in groups of n, each as the first of its group
       starts with that seed, or all alike with True; after that, each draws random numbers of its own.
 
@@ -110,10 +149,11 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     if render_mode == "human" and num_workers:
         raise ValueError(f"num_workers is {num_workers}: a window (render_mode 'human') needs 0")
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(cores, num_envs)
+        num_workers = min(count_cores(), num_envs)
         too_small = native and num_envs * make_slice(1).buffers["rewards"].size < POOL_AGENTS
-        if num_workers == 1 or too_small or render_mode == "human":  # one worker would only add the way to it and back
+        daemonic = multiprocessing.current_process().daemon  # say, of a sweep: it may start no processes
+        # One worker would only add the way to it and back.
+        if num_workers == 1 or too_small or daemonic or render_mode == "human":
             num_workers = 0
     if num_workers > 0 and "fork" not in multiprocessing.get_all_start_methods():
         warnings.warn("workers need fork, which this system lacks: stepping in this process", stacklevel=2)
@@ -2400,6 +2440,20 @@ def check_spaces(args, envs, discrete_only=False):
             same_shape = observations.shape == envs.single_observation_space.shape
             if not same_shape or actions != envs.single_action_space:
                 raise ValueError(f"{given}: it must observe and act as {args.env_id} does")
+            check_range(given, actions)
+            said = own is eval_envs and args.eval_env_id == args.env_id
+            if not said and own.spec is not None and own.spec.max_episode_steps is None:
+                limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
+                print(f"{given}, which is registered without a time limit: {limit}")
+
+
+def check_range(given, actions):
+    """ValueError unless a squashed policy can reach every value of real `actions`; `given` says whose they are."""
+    if isinstance(actions, gym.spaces.Box):
+        with np.errstate(over="ignore"):
+            span = actions.high - actions.low
+        if not (np.isfinite(span) & (span > 0)).all():
+            raise ValueError(f"{given}: low < high must hold in every action, and high - low be finite, not {actions}")
 
 
 def setup(args):
@@ -2911,18 +2965,25 @@ CALLER_POLL_SECONDS = 2e-5  # about a wake-up; in a longer step the core of the 
 WORKER_POLL_SECONDS = 1e-3  # as long as a policy may take to answer; while a learner learns, workers sleep
 CHECK_SECONDS = 0.5  # a sleeper looks this often whether the other side is still alive
 CLOSE_SECONDS = 1.5  # for workers to end their step and close their environments
+PATIENCE_SECONDS = 30.0  # a caller that waits for longer says for whom, once
 POOL_AGENTS = 2000  # native agents stepped at once from which on workers clearly pay: benchmarks/vectorizer.py, part 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DEATHS = 3  # so many deaths of a stream's workers within DEATH_SECONDS are an error
 DEATH_SECONDS = 60.0
 READY, STEP, CALL, STOP = range(4)  # orders to the workers
+CGROUP = "/sys/fs/cgroup"  # where a container finds its own; (quota, period) in version 2 and 1
+CORE_QUOTAS = [
+    (f"{CGROUP}/cpu.max", f"{CGROUP}/cpu.max"),
+    (f"{CGROUP}/cpu/cpu.cfs_quota_us", f"{CGROUP}/cpu/cpu.cfs_period_us"),
+]
 
 
 class GymnasiumVectorEnv(gym.vector.VectorEnv):
     """`gymnasium.make` environments, stepped one after the other, behind the interface of NativeVectorEnv.
 
     Observations in floating point come as float32, integers as they are; infos of their own are dropped. Every
-    environment is seeded by itself, from the seed given to `reset` and its index in the whole batch.
+    environment is seeded by itself, from the seed given to `reset` and its index in the whole batch. So are NumPy's and
+    Python's global generators, which some environments draw from; `close` puts back what they were.
     """
 
     info_names = ()
@@ -2933,21 +2994,26 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             module, _, name = env_id.rpartition(":")  # "module:id": the module registers it
             if module:
                 importlib.import_module(module)
+            namespace, base, version = parse_env_id(name)
+            if version is None and name not in gym.registry:  # the newest one, as `gymnasium.make` takes it
+                name = get_env_id(namespace, base, find_highest_version(namespace, base))
             gym.spec(name)
         except (gym.error.Error, AttributeError, ImportError, TypeError, ValueError) as error:
             allowed = f"one of {sorted(NATIVE_ENVS)} or an id registered with Gymnasium"
             raise ValueError(f"env_id is {env_id!r}: it must be {allowed} ({error})") from error
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
+        self.env_id = env_id
         self.num_envs = num_envs
         self.first_env = first_env
         self.render_mode = render_mode
+        self.callers_generators = None  # the states of NumPy's and Python's, once they are seeded here
         self.envs = []
         for env in range(num_envs):
             # One window is enough, and an environment told to render pays for it at every step.
             wanted = {} if render_mode is None or (render_mode == "human" and env > 0) else {"render_mode": render_mode}
             try:
-                self.envs.append(gym.make(env_id, disable_env_checker=True, **wanted, **env_kwargs))
+                self.envs.append(gym.make(name, disable_env_checker=True, **wanted, **env_kwargs))
             except (TypeError, ValueError, AssertionError) as error:
                 if not env_kwargs:
                     raise
@@ -2977,6 +3043,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         options = None if options is None else dict(options)
         group = _pop_identical(options, seed) if options else 1
         env_seed = None
+        if seed is not None and self.callers_generators is None:
+            self.callers_generators = (np.random.get_state(), random.getstate())
         for i, env in enumerate(self.envs):
             if isinstance(seed, list):
                 env_seed = seed[i]
@@ -2984,11 +3052,17 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
                 own = np.random.SeedSequence(seed, spawn_key=(self.first_env + i,))
                 first = np.random.SeedSequence(seed, spawn_key=((self.first_env + i) // group * group,))
                 env_seed = int(first.generate_state(1)[0])
-            self.buffers["observations"][i], _ = env.reset(seed=env_seed, options=options or None)
+            if seed is not None:
+                _seed_globals(env_seed)
+            observation, _ = env.reset(seed=env_seed, options=options or None)
+            self.buffers["observations"][i] = self._fitting(i, observation)
             if group > 1:
                 env.unwrapped.np_random = np.random.default_rng(own)
             self.returns[i] = 0.0
             self.lengths[i] = 0
+        if seed is not None:
+            _seed_globals(env_seed, self.first_env)  # after a start alike, other draws on every worker
+        self._check_finite("observations")
         self.started = True
         return self.buffers["observations"].copy(), {}
 
@@ -2998,23 +3072,67 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
         return _collect(self.buffers, self.info_names, self.stat_names)
 
     def advance(self, actions):
-        buffers = self.buffers
+        observations = self.buffers["observations"]
+        rewards = self.buffers["rewards"]
+        terminations = self.buffers["terminations"]
+        truncations = self.buffers["truncations"]
+        returns = self.returns
+        lengths = self.lengths
+        shape = observations.shape[1:]
+        dtype = observations.dtype
         # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
         actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
         for i, env in enumerate(self.envs):
             observation, reward, terminated, truncated, _ = env.step(actions[i])
-            buffers["rewards"][i] = reward
-            buffers["terminations"][i] = terminated
-            buffers["truncations"][i] = truncated
-            self.returns[i] += reward
-            self.lengths[i] += 1
+            if not isinstance(reward, float):  # NumPy's float64 is one
+                reward = self._one_number(i, reward)
+            rewards[i] = reward
+            terminations[i] = terminated
+            truncations[i] = truncated
+            returns[i] += reward
+            lengths[i] += 1
             if terminated or truncated:
-                buffers["final_observations"][i] = observation
-                buffers["stats"][i] = (self.returns[i], self.lengths[i])
-                self.returns[i] = 0.0
-                self.lengths[i] = 0
+                self.buffers["final_observations"][i] = self._fitting(i, observation)
+                self._check_finite("final_observations")
+                self.buffers["stats"][i] = (returns[i], lengths[i])
+                returns[i] = 0.0
+                lengths[i] = 0
                 observation, _ = env.reset()
-            buffers["observations"][i] = observation
+            # What fits at a glance saves the call, a hundredth of a CartPole's step.
+            if type(observation) is not np.ndarray or observation.shape != shape or observation.dtype is not dtype:
+                observation = self._fitting(i, observation)
+            observations[i] = observation
+        self._check_finite("observations")
+        self._check_finite("rewards")
+
+    def _fitting(self, env, observation):
+        """An observation as an array, unless storing it would change its shape or its numbers: then a ValueError."""
+        observation = np.asarray(observation)
+        space = self.single_observation_space
+        if observation.shape == space.shape:
+            given = observation.dtype
+            wanted = space.dtype
+            if given is wanted or (wanted.kind == "f" and given.kind in "fiub"):
+                return observation
+            if given.kind in "iub" and (observation.astype(wanted) == observation).all():
+                return observation
+        raise ValueError(f"{self._name(env)} observed {observation.dtype} {observation.shape}: its space is {space}")
+
+    def _one_number(self, env, reward):
+        number = np.asarray(reward)
+        if number.size != 1 or number.dtype.kind not in "fiub":
+            raise ValueError(f"{self._name(env)} gave the reward {reward!r}: it must be one number")
+        return float(number.item())
+
+    def _check_finite(self, name):
+        """ValueError for the first environment with NaN or infinity in a buffer; all at once, which is cheap."""
+        array = self.buffers[name]
+        if array.dtype.kind == "f" and np.count_nonzero(np.isfinite(array)) < array.size:
+            env = np.argwhere(~np.isfinite(array))[0, 0]
+            raise ValueError(f"{self._name(env)} came to {name} of {array[env]}: they must be finite")
+
+    def _name(self, env):
+        return f"{self.env_id} (environment {self.first_env + env})"
 
     def get_state(self):
         raise NotImplementedError("Gymnasium environments cannot save their state; the native ones can")
@@ -3033,6 +3151,9 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
     def close_extras(self, **kwargs):
         for env in self.envs:
             env.close()
+        if self.callers_generators is not None:
+            np.random.set_state(self.callers_generators[0])
+            random.setstate(self.callers_generators[1])
 
 
 class Shared(NamedTuple):
@@ -3056,12 +3177,15 @@ class PoolVectorEnv(gym.vector.VectorEnv):
 
     Each worker is given one task, `_serve_slice`, that lasts until `close`. An exception in an environment is raised
     here, with the worker's traceback as its cause, and so is a worker's death; both close the pool. Workers leave by
-    themselves when the caller is gone.
+    themselves when the caller is gone, and what their environments have started goes with them.
     """
 
     def __init__(self, make_slice, num_envs, num_workers):
+        _check_may_fork(num_workers)
         probe = self.probe = make_slice(1)  # refuses bad arguments before anything starts
         compile_kernels(probe)  # once, here, and not in every worker
+        if not isinstance(probe, NativeVectorEnv):
+            probe.close()  # it may have a process, or a port, that those of the workers want
         self.num_envs = num_envs
         self.render_mode = probe.render_mode
         self.spec = probe.spec
@@ -3092,6 +3216,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
             owner=os.getpid(),
         )
         self.started = False
+        self.patient = True  # until it has said that it waits
         # A Ctrl-C or SIGTERM in the middle of this waits; in a worker, until `_start_worker` has said what to do with
         # it. The Pool's threads inherit the mask, and with it the workers that the Pool puts in the place of dead ones.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -3154,7 +3279,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         ending.join(CLOSE_SECONDS)
         for process in multiprocessing.active_children():
             if process.pid in self.shared.pids:
-                process.kill()
+                _kill(process)
                 process.join()
 
     def __del__(self):
@@ -3165,6 +3290,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         """Give every worker an order, and wait. CALL comes with a message for each, and returns their answers."""
         _check_open(self)
         shared = self.shared
+        self.told_at = time.monotonic()
         try:
             shared.order[0] = order
             for go in shared.go:
@@ -3173,8 +3299,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
                 with contextlib.suppress(ConnectionError):  # it died: `_receive` will say so
                     shared.channels[worker].send(message)
             answers = [self._receive(worker) for worker in range(len(messages))]
-            for done in shared.done:
-                _take(done, CALLER_POLL_SECONDS, self._check_workers)
+            for worker, done in enumerate(shared.done):
+                _take(done, CALLER_POLL_SECONDS, partial(self._check_workers, worker))
         except BaseException:  # a Ctrl-C, too: half a step must not pass for a whole one
             self.close()
             raise
@@ -3183,20 +3309,24 @@ class PoolVectorEnv(gym.vector.VectorEnv):
     def _receive(self, worker):
         channel = self.shared.channels[worker]
         while not channel.poll(CHECK_SECONDS):
-            self._check_workers()
+            self._check_workers(worker)
         try:
             return channel.recv()
         except (EOFError, ConnectionError):
             raise _death(self.shared.pids[worker]) from None
 
-    def _check_workers(self):
+    def _check_workers(self, awaited):
         for task in self.tasks:
             if task.ready():  # before it was told to stop: it failed
-                task.get()
+                raise _rebuilt(*task.get())
         alive = {process.pid for process in multiprocessing.active_children()}
         for pid in self.shared.pids.tolist():
             if pid and pid not in alive:
                 raise _death(pid)
+        seconds = time.monotonic() - self.told_at
+        if self.patient and seconds > PATIENCE_SECONDS:
+            self.patient = False
+            print(f"\nwaiting for worker {awaited}, process {self.shared.pids[awaited]}, since {seconds:.0f} seconds")
 
     def _split(self, arrays):
         """One dict per worker with its part of the arrays."""
@@ -3214,6 +3344,82 @@ def _quieten_torch():
         sys.modules["torch"].set_num_threads(1)
 
 
+def _seed_globals(*keys):
+    """Seed NumPy's and Python's global generators from several non-negative integers."""
+    words = np.random.SeedSequence(keys).generate_state(8)
+    np.random.seed(words)
+    random.seed(words.tobytes())
+
+
+@contextlib.contextmanager
+def _household(caller, index):
+    """In a worker, around all that its environments do: what they start ends with it, what they draw is its own.
+
+    The worker is the leader of a process group, so that what its environments start can be ended as one; it leaves the
+    group before. Only what goes into a session of its own, as a daemon does, escapes.
+    """
+    group = os.getpgid(0)
+    os.setpgid(0, 0)
+    multiprocessing.current_process().daemon = False  # which may have no children
+    threading.Thread(target=_leave_with, args=(caller,), daemon=True).start()
+    # For what is drawn before the first `reset`: a fork has copied the generators, the same to all workers.
+    _seed_globals(np.random.randint(2**31), index)
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.manual_seed(torch.initial_seed() % 2**32 + index)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # that group is gone, and the caller with it
+            os.setpgid(0, group)
+        with contextlib.suppress(OSError):  # nothing was started
+            os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def _leave_with(caller):
+    """End this worker's group when the caller is gone, whatever it is doing; in a thread of its own."""
+    while os.getppid() == caller:
+        time.sleep(CHECK_SECONDS)
+    time.sleep(CLOSE_SECONDS)  # one that waits for the caller notices, and closes its environments
+    with contextlib.suppress(OSError):
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def _kill(process):
+    """Kill a worker, and what its environments have started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _kill_orphans(pid):
+    """Kill what a dead worker's environments had started: its group, whose number no other process has meanwhile."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _check_may_fork(num_workers):
+    if multiprocessing.current_process().daemon:
+        reason = "this process is daemonic (a worker of a multiprocessing.Pool?) and may start no others"
+        raise ValueError(f"workers are {num_workers}: {reason}, so they must be 0")
+
+
+def _rebuilt(text, data):
+    """An exception of a worker's: as it was raised there, if it can be pickled and had back, else a RuntimeError."""
+    try:
+        error = pickle.loads(data)
+    except Exception:  # its class may take other arguments than it was made of
+        error = None
+    if not isinstance(error, Exception):  # a SystemExit, too: here it would end the program without a word
+        error = RuntimeError(f"an environment on a worker raised {text.splitlines()[-1]}")
+    error.__cause__ = multiprocessing.pool.RemoteTraceback(f"\n{text}")
+    return error
+
+
 def _start_worker(shared):
     """What every process of the Pool does first, whether a task awaits it or it only takes a dead worker's place."""
     global _inherited
@@ -3225,7 +3431,10 @@ def _start_worker(shared):
 
 
 def _serve_slice(worker):
-    """A worker's one task: build its slice of the environments and follow orders until told to stop."""
+    """A worker's one task: build its slice of the environments and follow orders until told to stop.
+
+    Returns None, or what `_rebuilt` makes an exception of: the Pool would pickle it, and hang where that fails.
+    """
     shared = _inherited
     part = shared.slices[worker]
     shared.pids[worker] = os.getpid()
@@ -3243,7 +3452,8 @@ def _serve_slice(worker):
     # instead of SIG_IGN, because a program that an environment starts would inherit that.
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        with contextlib.closing(shared.make_slice(part.stop - part.start, first_env=part.start)) as env:
+        make = partial(shared.make_slice, part.stop - part.start, first_env=part.start)
+        with _household(shared.owner, worker), contextlib.closing(make()) as env:
             env.buffers = {name: array[part] for name, array in shared.buffers.items()}
             actions = shared.actions[part]
             while True:
@@ -3254,11 +3464,15 @@ def _serve_slice(worker):
                 elif order == CALL:
                     channel.send(channel.recv()(env))
                 elif order == STOP:
-                    return
+                    return None
                 done.release()
-    except Exception:
+    except BaseException as error:
         check_caller()  # with nobody left to hear of it, leave quietly
-        raise
+        text = traceback.format_exc()
+        try:
+            return text, pickle.dumps(error)
+        except Exception:
+            return text, b""
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -3274,7 +3488,9 @@ def _stop_workers(shared, tasks):
         if pid in alive:
             task.wait(max(0.0, deadline - time.monotonic()))
             if not task.ready():
-                alive[pid].kill()
+                _kill(alive[pid])
+        elif pid:
+            _kill_orphans(pid)
 
 
 class Published:
@@ -3316,6 +3532,7 @@ class StreamPool:
     """
 
     def __init__(self, produce, num_workers, make_buffer, max_lag):
+        _check_may_fork(num_workers)
         self.produce = produce
         self.max_lag = max_lag
         slots = 1 if max_lag == 0 else 2
@@ -3326,6 +3543,7 @@ class StreamPool:
         self.starts = 0
         self.deaths = []  # when, those of the last DEATH_SECONDS
         self.discarded = 0  # buffers that were too old
+        self.patient = True  # until it has said that it waits
         self.processes = {}  # by worker
         self.channels = {}  # likewise
         self.close = Finalize(self, _close_stream, (self.channels, self.processes), exitpriority=20)
@@ -3341,12 +3559,25 @@ class StreamPool:
         """What workers go by from now on; `version` is an integer one larger than that before."""
         self.published.publish(vector, version)
 
-    def take(self, count):
-        """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`."""
+    def take(self, count, stop=lambda: False):
+        """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`.
+
+        RuntimeError if a worker fails, or too many die, or if `stop()` is true and soon after there are still too few.
+        """
         newest = self.published.version
+        began = time.monotonic()
+        deadline = math.inf
         while len(self.taken) < count:
             while not self.arrived:
                 self._wait()
+                now = time.monotonic()
+                if stop():
+                    deadline = min(deadline, now + CLOSE_SECONDS)
+                if now > deadline:
+                    raise RuntimeError(f"stopped while waiting for {self._awaited(now - began)}")
+                if self.patient and now - began > PATIENCE_SECONDS:
+                    self.patient = False
+                    print(f"\nwaiting for {self._awaited(now - began)}")
             worker, slot, version = self.arrived.popleft()
             if newest - version <= self.max_lag:
                 self.taken.append((worker, slot, version))
@@ -3362,9 +3593,14 @@ class StreamPool:
         for worker, slot, _ in taken:
             self._give(worker, slot)
 
+    def _awaited(self, seconds):
+        done = {worker for worker, *_ in (*self.arrived, *self.taken)}
+        return f"workers {sorted(set(self.channels) - done)}, since {seconds:.0f} seconds"
+
     def _wait(self):
-        """Until a worker has filled a buffer, failed or died."""
-        ready = multiprocessing.connection.wait(self.channels.values())
+        """Until a worker has filled a buffer, failed or died, but for CHECK_SECONDS at most."""
+        ready = multiprocessing.connection.wait(self.channels.values(), CHECK_SECONDS)
+        dead = [worker for worker, process in self.processes.items() if process.exitcode is not None]
         for worker in [worker for worker, channel in self.channels.items() if channel in ready]:
             try:
                 message = self.channels[worker].recv()
@@ -3375,6 +3611,9 @@ class StreamPool:
                 raise RuntimeError(f"worker {worker} failed:\n{message}")
             slot, version = message
             self.arrived.append((worker, slot, version))
+        for worker in dead:  # its channel does not break while a process that its environments started is there
+            if self.channels[worker] not in ready:
+                self._replace(worker)
 
     def _fork(self, worker):
         self.channels[worker], channel = multiprocessing.Pipe()
@@ -3393,6 +3632,7 @@ class StreamPool:
     def _replace(self, worker):
         process = self.processes[worker]
         process.join()
+        _kill_orphans(process.pid)
         died = f"worker process {process.pid} died, with exit code {process.exitcode}"
         now = time.time()
         self.deaths = [at for at in self.deaths if now - at < DEATH_SECONDS] + [now]
@@ -3410,7 +3650,6 @@ class StreamPool:
 def _stream(caller, produce, worker, starts, buffers, published, channel, callers_ends):
     """A StreamPool's worker: for every slot that comes through the channel, fill it and send back (slot, version)."""
     _quieten_torch()
-    threading.Thread(target=_leave_with, args=(caller,), daemon=True).start()
     # They go to all processes of a job, but the caller decides; SIG_IGN would stay with what an environment starts.
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
@@ -3425,18 +3664,12 @@ def _stream(caller, produce, worker, starts, buffers, published, channel, caller
             yield buffers[slot]
 
     try:
-        for version in produce(worker, starts, todo(), published):
-            channel.send((slot, version))
+        with _household(caller, starts):
+            for version in produce(worker, starts, todo(), published):
+                channel.send((slot, version))
     except BaseException:  # an EOFError, too: the caller has closed its end of the pipe
         with contextlib.suppress(ConnectionError):  # nobody is left to hear of it
             channel.send(traceback.format_exc())
-
-
-def _leave_with(caller):
-    """End this process when the caller is gone, whatever it is doing; in a thread of its own."""
-    while os.getppid() == caller:
-        time.sleep(CHECK_SECONDS)
-    os._exit(1)
 
 
 def _close_stream(channels, processes):
@@ -3446,7 +3679,13 @@ def _close_stream(channels, processes):
     deadline = time.monotonic() + CLOSE_SECONDS
     for process in processes.values():
         process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
+        if process.is_alive():
+            _kill(process)
+            process.join()
+        _kill_orphans(process.pid)
+        process.close()
+    channels.clear()
+    processes.clear()
 
 
 def _death(pid):
@@ -3463,6 +3702,18 @@ def _take(semaphore, poll_seconds, check):
             return
         else:
             check()
+
+
+def count_cores():
+    """How many cores this process may use: those that it is bound to, or fewer if its container has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for quota_file, period_file in CORE_QUOTAS:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # no such file; "max" is no quota
+            quota = int(Path(quota_file).read_text().split()[0])
+            period = int(Path(period_file).read_text().split()[-1])
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
+    return cores
 
 
 def compile_kernels(envs):
@@ -3676,7 +3927,7 @@ def _valid_actions(actions, space):
     return actions
 
 
-@njit(cache=True)
+@kernel
 def _within(actions, start, count):
     """Whether each is one of `count` integers from `start` on; NumPy would take as long as the physics of a lander."""
     outside = 0
