@@ -4064,7 +4064,10 @@ def _valid_actions(actions, space):
     box = isinstance(space, gym.spaces.Box)
     if box and space.dtype.kind == "f":
         return _array("actions", actions, space.shape, space.dtype)
-    actions = np.asarray(actions)
+    try:
+        actions = np.asarray(actions)
+    except ValueError:
+        raise ValueError(f"actions are {actions!r}: they must be integers {space.shape}") from None
     if actions.dtype.kind not in "iu" or actions.shape != space.shape:
         raise ValueError(f"actions are {actions.dtype} {actions.shape}: they must be integers {space.shape}")
     if not box and _within(np.ascontiguousarray(actions, np.int64), space.start, space.nvec):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PLAY = """
@@ -32,10 +34,38 @@ play(3, "LidarNavigation", far=-1e9, n_agents=20)
 play(30, "VmasNavigation", n_agents=10, max_steps=20)
 play(150, "LunarLander", enable_wind=True)
 play(5, "LunarLander", options={"position": [[1e30, 5], [-1e6, -1e6], [10, -1e30]]})
+print("played")
+"""
+
+# All ways in which envs.py compiles, and a kernel that reads past the end of its array.
+LEAVE = """
+import sys
+
+import numpy as np
+
+import envs
+
+@getattr(envs, sys.argv[1])
+def entry(array, i):
+    return array[i]
+
+entry(np.zeros(3), 3)
 """
 
 
-def test_no_kernel_leaves_its_arrays(tmp_path):
+def run(code, tmp_path, *arguments):
+    (tmp_path / "code.py").write_text(code)
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", PLAY], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, "code.py", *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_no_kernel_leaves_its_arrays(tmp_path):
+    result = run(PLAY, tmp_path)
+    assert (result.returncode, result.stdout) == (0, "played\n"), result.stderr
+
+
+@pytest.mark.parametrize("decorator", ["kernel", "uncounted"])
+def test_a_kernel_that_leaves_its_array_would_be_found(tmp_path, decorator):
+    result = run(LEAVE, tmp_path, decorator)
+    assert result.returncode == 1 and "IndexError: index is out of bounds" in result.stderr

@@ -122,7 +122,7 @@ def test_human_mode_draws_by_itself(monkeypatch):
     env.reset(seed=1)
     for _ in range(3):
         env.step(0)
-    assert shown == [None] * 4
+    assert shown == [None] * 4 and env.unwrapped.envs.window is not None
     env.close()
     assert env.unwrapped.envs.window is None
 

@@ -107,14 +107,6 @@ def first_episodes(vector, policy, seed=0):
     return stats, last
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(same(*pair) for pair in zip(a, b, strict=True))
-    return a.dtype == b.dtype and np.array_equal(a, b)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Physics: Box2D's
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,7 +139,7 @@ def test_flight_equals_box2d(arguments):
 
 
 def test_a_start_given_in_the_options_equals_box2d():
-    rng = np.random.default_rng(1)
+    rng, compared = np.random.default_rng(1), 0
     ours, box2d = make(), Box2DLander()
     for _ in range(5):
         box2d.position, box2d.angle = (rng.uniform(4, 16), rng.uniform(10, 13)), rng.uniform(-0.5, 0.5)
@@ -176,6 +168,8 @@ def test_a_start_given_in_the_options_equals_box2d():
             if expected[6:].any() or box2d.game_over:
                 break
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+            compared += 1
+    assert compared > 100
 
 
 @pytest.mark.parametrize("arguments", [{}, {"enable_wind": True}, {"continuous": True}], ids=str)
@@ -344,56 +338,6 @@ def test_terrain_and_push_differ_and_the_pad_is_level():
     assert push.min() < -900 and push.max() > 900 and np.abs(push).max() <= 1000
 
 
-def run(vector, steps=150, seed=5):
-    rng, num_envs = np.random.default_rng(1), vector.num_envs
-    results = [vector.reset(seed=seed)]
-    actions = rng.integers(4, size=(steps, 40))
-    results += [vector.step(action[:num_envs]) for action in actions]
-    return results
-
-
-def test_the_same_seed_gives_the_same_run_and_another_another():
-    assert same(run(make(40)), run(make(40)))
-    assert not same(run(make(40), seed=5)[0], run(make(40), seed=6)[0])
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_run(num_workers):
-    """40 environments: more than the lanes hold at once, and cut where no lane ends."""
-    pooled = envs.make_vec("LunarLander", 40, num_workers, enable_wind=True)
-    assert same(run(pooled), run(make(40, enable_wind=True)))
-    pooled.close()
-
-
-def test_an_environment_does_not_know_who_shares_its_lanes():
-    alone = run(make(1))
-    for (got, *_), (expected, *_) in zip(run(make(40)), alone, strict=True):
-        np.testing.assert_array_equal(got[:1], expected)
-
-
-def test_set_state_goes_on_bit_for_bit_from_flight_and_from_contact():
-    vector, other = make(40, enable_wind=True), make(40, enable_wind=True)
-    observations, _ = vector.reset(seed=0)
-    for _ in range(210):
-        observations = vector.step(heuristic(observations))[0]
-    state = vector.get_state()
-    assert (state["touched"] >= 0).any() and (state["contact_impulse"] > 0).any()
-    assert same(other.set_state(state), (observations, {}))
-
-    def go_on(vector):
-        results = [vector.step(np.full(40, action % 4)) for action in range(60)]
-        assert sum(terminations.sum() for _, _, terminations, _, _ in results) > 10
-        return [result[:4] for result in results], vector.get_state()  # not infos: valid only behind their masks
-
-    after, end = go_on(vector)
-    for again in (other, vector):
-        again.set_state(state)
-        other_after, other_end = go_on(again)
-        assert same(end, other_end)
-        assert same(after, other_after)
-    assert all(len(array) == 40 for array in state.values())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The contract
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,56 +352,6 @@ def test_spaces_are_those_of_gymnasium(continuous):
     _, rewards, terminations, truncations, _ = ours.step(ours.action_space.sample())
     assert observations.shape == (3, 8) and observations.dtype == np.float32
     assert rewards.shape == terminations.shape == truncations.shape == (3,) and rewards.dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("gravity", -12.5),
-        ("gravity", 0.5),
-        ("gravity", "low"),
-        ("wind_power", -1.0),
-        ("turbulence_power", math.nan),
-        ("continuous", 1),
-        ("enable_wind", "yes"),
-        ("randomize_spawn", None),
-        ("sparse_reward", 0),
-        ("max_steps", 0),
-        ("max_steps", 1.5),
-        ("render_mode", "ascii"),
-        ("n_agents", 3),
-    ],
-)
-def test_a_bad_argument_is_named_with_its_value(name, value):
-    with pytest.raises(ValueError, match=f"{name} is .*{value}"):
-        make(**{name: value})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"terrain": np.zeros((2, 11))}, {"push": [[0, math.nan]] * 2}, {"angle": 0.0}, {"height": [1, 2]}],
-)
-def test_bad_options_are_named(options):
-    vector = make(2)
-    with pytest.raises(ValueError, match=next(iter(options))):
-        vector.reset(seed=0, options=options)
-
-
-@pytest.mark.parametrize("actions", [[0, 4], [0, -1], [0.0, 1.0], [0], [[0, 1]]])
-def test_bad_actions_are_named(actions):
-    vector = make(2)
-    vector.reset(seed=0)
-    with pytest.raises(ValueError, match="actions"):
-        vector.step(np.array(actions))
-
-
-def test_continuous_actions_beyond_the_bounds_act_as_the_bounds():
-    runs = []
-    for reach in (1.0, 7.0):
-        vector = make(2, continuous=True)
-        vector.reset(seed=0)
-        runs.append([vector.step(np.full((2, 2), reach, np.float32)) for _ in range(10)])
-    assert same(*runs)
 
 
 def test_a_start_far_outside_stays_within_memory():
@@ -491,15 +385,6 @@ def test_the_picture_shows_lander_ground_and_flames():
         assert (picture[-1] == 255).all() and (picture[0] == 0).all() and count(picture, (204, 204, 0)) > 100
     orange = (255, 165, 0)
     assert count(pictures[0], orange) == 0 < count(pictures[1], orange)
-
-
-def test_rendering_changes_nothing_that_follows():
-    plain, drawn = make(2), make(2, render_mode="rgb_array")
-    plain.reset(seed=0)
-    drawn.reset(seed=0)
-    for _ in range(5):
-        drawn.render()
-        assert same(plain.step(np.full(2, 2)), drawn.step(np.full(2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])

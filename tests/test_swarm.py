@@ -7,9 +7,7 @@ radius) the reference says so through `margin`, and the example is put aside.
 
 import colorsys
 import math
-import re
 
-import gymnasium
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -156,28 +154,6 @@ def random_actions(vector, steps, seed=0, reach=math.pi):
 def play(vector, actions):
     """What `step` returns for each of the actions."""
     return [vector.step(action) for action in actions]
-
-
-def same(a, b):
-    """Whether two nested returns hold the same, to the last bit; NaN equals nothing."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(same(*pair) for pair in zip(a, b, strict=True))
-    return a.dtype == b.dtype and np.array_equal(a, b)
-
-
-def copied(a):
-    if isinstance(a, dict):
-        return {key: copied(value) for key, value in a.items()}
-    return tuple(copied(value) for value in a) if isinstance(a, (tuple, list)) else a.copy()
-
-
-def slices(value, part):
-    """The part of a nested return that belongs to some of the environments."""
-    if isinstance(value, dict):
-        return {key: slices(entry, part) for key, entry in value.items()}
-    return tuple(slices(entry, part) for entry in value) if isinstance(value, (tuple, list)) else value[part]
 
 
 def from_uniform(sample, low, high):
@@ -415,13 +391,6 @@ def test_count_self_gives_a_lone_agent_cohesion_and_nothing_else():
         assert not observations.any()
 
 
-def test_actions_beyond_the_bounds_act_as_the_bounds():
-    within, beyond = make(2, max_turn=0.3), make(2, max_turn=0.3)
-    within.reset(seed=0), beyond.reset(seed=0)
-    for action in random_actions(within, 20, reach=3):
-        assert same(within.step(np.clip(action, -0.3, 0.3)), beyond.step(action))
-
-
 def test_headings_stay_unit_vectors_and_positions_in_the_box_over_10000_steps():
     vector = make(n_agents=5, max_steps=20_000, noise=0.1)
     vector.reset(seed=0)
@@ -523,56 +492,8 @@ def test_renaming_the_agents_renames_everything(seed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Randomness: seeds, starts and noise
+# Randomness: starts and noise
 # ----------------------------------------------------------------------------------------------------------------------
-
-RANDOM = dict(n_agents=7, n_obstacles=2, noise=0.4, max_steps=8)
-
-
-def seeded_run(vector, seed, steps=20):
-    """Everything the environment says after a seed, over two autoresets and a reset without a seed."""
-    actions = random_actions(vector, steps)
-    return vector.reset(seed=seed), play(vector, actions), vector.reset(), play(vector, actions)
-
-
-def test_the_same_seed_gives_the_same_run():
-    used = make(3, **RANDOM)
-    seeded_run(used, 1)
-    assert same(seeded_run(used, 7), seeded_run(make(3, **RANDOM), 7))
-
-
-def test_different_seeds_and_different_environments_of_a_batch_differ():
-    starts = np.concatenate([make(8, **RANDOM).reset(seed=seed)[0] for seed in range(20)])
-    assert len(np.unique(starts.reshape(160, -1), axis=0)) == 160
-
-
-@pytest.mark.parametrize("seed", [0, 2**63 - 1, np.int64(5)])
-def test_the_whole_range_of_seeds_is_taken(seed):
-    assert same(make(2, **RANDOM).reset(seed=seed), make(2, **RANDOM).reset(seed=int(seed)))
-
-
-@pytest.mark.parametrize("sizes", [(8,), (1,) * 8, (3, 5), (5, 1, 2)])
-def test_a_batch_cut_into_slices_is_the_same_batch(sizes):
-    whole = seeded_run(make(8, **RANDOM), 11)
-    first = 0
-    for size in sizes:
-        part = envs.Swarm(size, first_env=first, **RANDOM)
-        actions = random_actions(make(8, **RANDOM), 20)[:, first : first + size]
-        ours = part.reset(seed=11), play(part, actions), part.reset(), play(part, actions)
-        assert same(slices(ours, slice(None)), slices(whole, slice(first, first + size)))
-        first += size
-
-
-def test_reset_without_a_seed_runs_the_streams_on():
-    a, b = make(3, **RANDOM), make(3, **RANDOM)
-    first, again = a.reset(seed=3)[0], a.reset()[0]
-    b.reset(seed=3)
-    assert not np.array_equal(first, again)
-    assert np.array_equal(again, b.reset()[0])
-
-
-def test_an_environment_that_was_never_given_a_seed_starts_anywhere():
-    assert not np.array_equal(make(3).reset()[0], make(3).reset()[0])
 
 
 def test_starts_are_uniform_over_the_box_and_all_headings():
@@ -647,95 +568,8 @@ def test_without_noise_a_step_draws_nothing():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Episodes: autoreset in the same step, statistics, copies
+# Statistics
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_step_that_ends_an_episode_returns_its_last_observation_and_the_next_ones_first():
-    # Without noise the steps draw nothing, so that the next start is what a second reset would have drawn.
-    quiet = RANDOM | {"noise": 0.0, "max_steps": 5}
-    vector, longer, fresh = make(3, **quiet), make(3, **quiet | {"max_steps": 100}), make(3, **quiet)
-    for each in (vector, longer, fresh):
-        each.reset(seed=2)
-    actions = random_actions(vector, 8)
-    ours, theirs = play(vector, actions[:5]), play(longer, actions[:5])
-    for (*before, infos), (*expected, expected_infos) in zip(ours[:4], theirs[:4], strict=True):
-        assert same(before, expected) and same(infos, expected_infos)
-    observations, rewards, terminations, truncations, infos = ours[4]
-    last_observations, last_rewards, _, _, last_infos = theirs[4]
-    assert truncations.all() and not terminations.any()
-    assert same(infos["final_obs"], last_observations)
-    assert same(infos["final_info"], last_infos)
-    assert same(rewards, last_rewards)
-    first_observations, first_infos = fresh.reset()
-    assert same(observations, first_observations)
-    assert same(infos["neighbors"], first_infos["neighbors"])
-    assert not observations[..., -9].any()  # nobody has turned yet
-    assert same(play(vector, actions[5:]), play(fresh, actions[5:]))
-
-
-def test_a_step_before_the_first_reset_is_refused():
-    with pytest.raises(gymnasium.error.ResetNeeded, match="reset"):
-        make().step(np.zeros((1, 10, 1)))
-
-
-def test_an_episode_is_as_long_as_max_steps_every_time():
-    vector = make(2, max_steps=3)
-    vector.reset(seed=0)
-    steps = play(vector, random_actions(vector, 10))
-    assert [step[3].tolist() for step in steps] == [[n % 3 == 0] * 2 for n in range(1, 11)]
-    assert all((step[4]["episode"]["l"] == 3).all() for step in steps if step[3].any())
-    assert not any(step[2].any() for step in steps)
-
-
-def test_a_reset_in_mid_episode_starts_the_count_and_the_sums_again():
-    vector, fresh = make(2, max_steps=4), make(2, max_steps=4)
-    actions = random_actions(vector, 7)
-    vector.reset(seed=0)
-    play(vector, actions[:3])
-    fresh.reset(seed=0)
-    fresh.reset()
-    vector.reset()
-    assert same(play(vector, actions[3:]), play(fresh, actions[3:]))
-
-
-def test_environments_out_of_step_end_one_by_one_each_behind_its_mask():
-    parts = [envs.Swarm(1, first_env=env, **RANDOM) for env in range(3)]
-    for env, part in enumerate(parts):
-        part.reset(seed=4)
-        play(part, random_actions(part, 2 * env))
-    batch = make(3, **RANDOM)
-    states = [part.get_state() for part in parts]
-    batch.set_state({name: np.concatenate([state[name] for state in states]) for name in states[0]})
-    ends = []
-    for action in random_actions(batch, 9):
-        returned = batch.step(action)
-        infos, done = returned[4], returned[3]
-        ends.append(done.tolist())
-        for env, part in enumerate(parts):
-            alone = part.step(action[env : env + 1])
-            assert same(slices(returned[:4], slice(env, env + 1)), alone[:4])
-            if done[env]:
-                assert same(slices(infos, slice(env, env + 1)), alone[4])
-        for name in ("_final_obs", "_final_info", "_episode"):
-            assert (name in infos) == done.any() and (not done.any() or same(infos[name], done))
-    assert [n for n, end in enumerate(ends, start=1) if any(end)] == [4, 6, 8]
-    assert (np.sum(ends, axis=0) == 1).all()
-
-
-def test_infos_hold_what_the_contract_names_with_its_shapes_and_types():
-    vector = make(3, n_agents=7, n_neighbors=4, max_steps=2)
-    shape = vector.observation_space.shape
-    _, reset_infos = vector.reset(seed=0)
-    going_on, ended = (step[4] for step in play(vector, random_actions(vector, 2)))
-    assert set(reset_infos) == set(going_on) == {"neighbors"}
-    assert set(ended) == {"neighbors", "final_obs", "_final_obs", "final_info", "_final_info", "episode", "_episode"}
-    assert ended["neighbors"].shape == ended["final_info"]["neighbors"].shape == (3, 7, 4)
-    assert ended["final_obs"].shape == shape == (3, 7, 29) and ended["final_obs"].dtype == np.float32
-    metrics = {"r", "l", "polar_order", "cohesion", "collisions", *(f"reward_{term}" for term in TERMS)}
-    assert set(ended["episode"]) == metrics
-    assert all(values.shape == (3,) for values in ended["episode"].values())
-    assert all(ended[mask].dtype == bool and ended[mask].shape == (3,) for mask in ended if mask.startswith("_"))
 
 
 def test_the_reward_terms_add_up_to_the_return():
@@ -750,85 +584,9 @@ def test_the_reward_terms_add_up_to_the_return():
     np.testing.assert_allclose(sum(step[1].mean(axis=1) for step in steps), episode["r"], rtol=1e-5)
 
 
-def test_returned_arrays_stay_as_they_are_and_writing_to_them_changes_nothing():
-    vector, other = make(2, **RANDOM), make(2, **RANDOM)
-    returned = [vector.reset(seed=0), vector.get_state()]
-    other.reset(seed=0)
-    actions = random_actions(vector, 20)
-    before = list(copied(returned))
-    for action in actions:
-        step = vector.step(action)
-        returned.append(step)
-        before.append(copied(step))
-        scribbled = other.step(action)
-        assert same(step, scribbled)
-        for array in (*scribbled[:2], *other.get_state().values()):
-            array[...] = 1
-    assert same(returned, before)
-
-
-def test_actions_are_left_as_they_were():
-    vector = make(2, max_turn=0.1)
-    vector.reset(seed=0)
-    actions = random_actions(vector, 1)[0]
-    given_actions = actions.copy()
-    vector.step(actions)
-    assert np.array_equal(actions, given_actions)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# State: what get_state returns is all there is
+# Arguments
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_set_state_goes_on_bit_for_bit_over_an_autoreset_in_the_same_or_another_object():
-    vector = make(3, **RANDOM)
-    vector.reset(seed=9)
-    actions = random_actions(vector, 25)
-    *_, (observations, _, _, _, infos) = play(vector, actions[:5])
-    state = vector.get_state()
-    kept = copied(state)
-    expected = play(vector, actions[5:]), vector.reset()
-    assert same(state, kept)
-    for other in (vector, make(3, **RANDOM)):
-        assert same(other.set_state(state), (observations, infos))
-        assert same((play(other, actions[5:]), other.reset()), expected)
-    assert same(state, kept)
-
-
-def test_a_state_holds_one_entry_per_environment():
-    vector = make(3, **RANDOM)
-    vector.reset(seed=0)
-    assert all(array.shape[0] == 3 for array in vector.get_state().values())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments: each bad one is a ValueError that names it
-# ----------------------------------------------------------------------------------------------------------------------
-
-BAD_ARGUMENTS = [
-    *(("n_agents", value) for value in (0, -1, 2.5, True, "10", None, math.nan)),
-    *(("box_size", value) for value in (0, -1.0, math.nan, math.inf, "10")),
-    *(("radius", value) for value in (5.1, 0, -1, math.nan, "1", None)),
-    *(("speed", value) for value in (-1, math.nan, math.inf)),
-    *(("dt", value) for value in (0, -0.1, math.nan)),
-    *(("max_turn", value) for value in (3.2, 0, -1, math.nan)),
-    *(("noise", value) for value in (-0.1, 6.3, math.nan)),
-    *(("n_neighbors", value) for value in (0, -1, 2.5, None)),
-    *(("n_obstacles", value) for value in (64, -1, 1.0)),
-    *(("max_steps", value) for value in (0, -5, 10.0, None)),
-    *(("count_self", value) for value in ("no", 1, None)),
-    *((f"{term}_weight", value) for term in TERMS for value in (math.nan, math.inf, "1")),
-    *(("render_mode", value) for value in ("x", "ansi", 1)),
-    *(("num_envs", value) for value in (0, -1, 1.5, True)),
-]
-
-
-@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=[f"{name}={value!r}" for name, value in BAD_ARGUMENTS])
-def test_a_bad_argument_is_named_with_its_value(name, value):
-    arguments = {"num_envs": 1, "box_size": 10.0} | {name: value}
-    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}: .*(must be|at most)"):
-        make(**arguments)
 
 
 def test_the_largest_allowed_values_are_taken():
@@ -836,85 +594,6 @@ def test_the_largest_allowed_values_are_taken():
     vector.reset(seed=0)
     observations = play(vector, random_actions(vector, 3))[-1][0]
     assert vector.observation_space.contains(observations)
-
-
-@pytest.mark.parametrize("seed", [-1, 1.5, True, "0", 2**63])
-def test_a_bad_seed_is_named(seed):
-    with pytest.raises(ValueError, match=rf"^seed is {re.escape(repr(seed))}: .*integer"):
-        make().reset(seed=seed)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"positions": np.zeros((2, 3, 2))}, r"options.*positions.*position"),
-        ({"position": np.zeros((2, 3))}, r"options\['position'\] has shape \(2, 3\).*\(2, 3, 2\)"),
-        ({"position": np.full((2, 3, 2), math.nan)}, r"options\['position'\].*NaN"),
-        ({"heading": np.zeros((2, 3, 1))}, r"options\['heading'\] has shape \(2, 3, 1\).*\(2, 3\)"),
-        ({"heading": np.full((2, 3), math.inf)}, r"options\['heading'\].*infinity"),
-        ({"obstacle": np.zeros((2, 2, 2))}, r"options\['obstacle'\] has shape \(2, 2, 2\).*\(2, 1, 2\)"),
-    ],
-    ids=["unknown key", "position shape", "position NaN", "heading shape", "heading infinite", "obstacle shape"],
-)
-def test_bad_options_are_named_and_leave_the_episode_going(options, message):
-    vector = make(2, n_agents=3, n_obstacles=1)
-    vector.reset(seed=0)
-    before = vector.get_state()
-    with pytest.raises(ValueError, match=message):
-        vector.reset(seed=1, options=options)
-    assert same(vector.get_state(), before)
-
-
-@pytest.mark.parametrize(
-    "actions",
-    [
-        np.zeros((2, 3)),
-        np.zeros((3, 2, 1)),
-        np.zeros(6),
-        0.0,
-        np.full((2, 3, 1), math.nan),
-        [[[0], [0], [math.inf]]] * 2,
-        [[[0], [0, 1]], [[0]]],
-        "turn",
-        {},
-    ],
-    ids=["no action axis", "axes exchanged", "flat", "scalar", "NaN", "infinite", "ragged", "text", "a dict"],
-)
-def test_bad_actions_are_named_and_leave_the_episode_going(actions):
-    vector = make(2, n_agents=3)
-    vector.reset(seed=0)
-    before = vector.get_state()
-    with pytest.raises(ValueError, match=r"^actions (has shape .* must be \(2, 3, 1\)|holds NaN|is .* must be)"):
-        vector.step(actions)
-    assert same(vector.get_state(), before)
-
-
-@pytest.mark.parametrize("missing", ["position", "direction", "turn", "obstacle", "elapsed", "totals", "rng"])
-def test_a_state_with_an_entry_missing_is_refused(missing):
-    vector = make()
-    vector.reset(seed=0)
-    state = vector.get_state()
-    del state[missing]
-    with pytest.raises(ValueError, match=f"^state .*{missing}"):
-        vector.set_state(state)
-
-
-def test_a_state_of_another_size_or_with_nan_is_refused():
-    vector, larger = make(2), make(2, n_agents=11)
-    vector.reset(seed=0), larger.reset(seed=0)
-    with pytest.raises(ValueError, match=r"^state\['position'\] has shape \(2, 11, 2\): it must be \(2, 10, 2\)"):
-        vector.set_state(larger.get_state())
-    with pytest.raises(ValueError, match=r"^state\['turn'\] holds NaN"):
-        vector.set_state(vector.get_state() | {"turn": np.full((2, 10), math.nan)})
-
-
-def test_a_refused_state_leaves_the_old_one_whole():
-    vector = make(2)
-    vector.reset(seed=0)
-    before = vector.get_state()
-    with pytest.raises(ValueError, match=r"^state\['turn'\] holds NaN"):
-        vector.set_state(before | {"position": before["position"] + 1, "turn": np.full((2, 10), math.nan)})
-    assert same(vector.get_state(), before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -976,16 +655,6 @@ def pixel(picture, x, y, box_size=4.0):
     return picture[min(int((1 - y / box_size) * size), size - 1), min(int(x / box_size * size), size - 1)].astype(int)
 
 
-def test_render_gives_one_picture_for_every_environment():
-    vector = make(3, render_mode="rgb_array")
-    vector.reset(seed=0)
-    pictures = vector.render()
-    assert len(pictures) == 3
-    assert all(picture.dtype == np.uint8 and picture.shape == pictures[0].shape for picture in pictures)
-    assert pictures[0].shape[0] == pictures[0].shape[1] and pictures[0].shape[2] == 3
-    assert not np.array_equal(pictures[0], pictures[1])
-
-
 @pytest.mark.parametrize("heading", [0.0, 0.5, math.pi / 2, math.pi, -2.0])
 def test_an_agent_is_drawn_where_it_is_in_the_colour_of_its_heading(heading):
     picture = lone_agent((1.0, 3.1), heading).render()[0]
@@ -1013,40 +682,3 @@ def test_an_obstacle_over_the_edge_is_drawn_on_both_sides():
         red, green, blue = pixel(picture, x, 1.0)
         assert red == green == blue < 250
     assert (pixel(picture, 0.6, 1.0) == 255).all() and (pixel(picture, 0.1, 3.0) == 255).all()
-
-
-def test_the_same_state_gives_the_same_picture():
-    vector, other = make(2, render_mode="rgb_array", **RANDOM), make(2, render_mode="rgb_array", **RANDOM)
-    vector.reset(seed=0), other.reset(seed=1)
-    before = vector.render()
-    assert not same(before, other.render())
-    other.set_state(vector.get_state())
-    assert same(before, other.render()) and same(before, vector.render())
-
-
-def test_rendering_changes_nothing_that_follows():
-    vector, unseen = make(2, render_mode="rgb_array", **RANDOM), make(2, **RANDOM)
-    vector.reset(seed=0), unseen.reset(seed=0)
-    for action in random_actions(vector, 10):
-        vector.render()
-        assert same(vector.step(action), unseen.step(action))
-
-
-def test_render_without_a_mode_is_refused():
-    vector = make()
-    vector.reset(seed=0)
-    with pytest.raises(ValueError, match="^render_mode is None"):
-        vector.render()
-
-
-def test_human_mode_opens_a_window_of_the_pictures_size_and_close_shuts_it(monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    import pygame
-
-    vector = make(2, render_mode="human")
-    vector.reset(seed=0)
-    assert vector.render() is None
-    shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
-    assert np.array_equal(shown, vector.draw(0))
-    vector.close()
-    assert not pygame.display.get_init()

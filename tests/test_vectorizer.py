@@ -1,5 +1,5 @@
 """What `make_vec` guarantees about workers: the same answers with any number of them, errors instead of hangs, and no
-process left behind."""
+process left behind. With native environments the answers are tested in test_native_envs.py."""
 
 import gc
 import multiprocessing
@@ -142,10 +142,9 @@ def nothing_left_behind():
 # The same answers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env_id", ["Swarm", "CartPole-v1", "Pendulum-v1", "LunarLander-v3"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3"])
 def test_any_number_of_workers_gives_the_same_steps(env_id):
-    kwargs = SWARM if env_id == "Swarm" else {}
-    made = [envs.make_vec(env_id, 5, num_workers, **kwargs) for num_workers in (0, 1, 2, 3)]
+    made = [envs.make_vec(env_id, 5, num_workers) for num_workers in (0, 1, 2, 3)]
     first = [one.reset(seed=11) for one in made]
     ended = 0
     for actions in actions_for(made[0], 210 if env_id == "Pendulum-v1" else 100):
@@ -189,34 +188,6 @@ def test_gymnasium_environments_step_as_in_a_plain_loop(env_id, num_workers):
     made.close()
 
 
-def test_state_moves_between_any_numbers_of_workers():
-    source = envs.make_vec("Swarm", 5, 2, **SWARM)
-    source.reset(seed=1)
-    actions = actions_for(source, 30)
-    for action in actions[:8]:
-        source.step(action)
-    state = source.get_state()
-    after = [source.step(action) for action in actions[8:]]
-    for num_workers in (0, 1, 3):
-        made = envs.make_vec("Swarm", 5, num_workers, **SWARM)
-        made.set_state(state)  # without a reset: this is how a run is resumed
-        assert_same(state, made.get_state())
-        for action, expected in zip(actions[8:], after, strict=True):
-            assert_same(expected, made.step(action))
-        made.close()
-    source.close()
-
-
-def test_start_given_in_options_reaches_every_worker():
-    start = np.random.default_rng(0).uniform(0, 6, (5, 4, 2))
-    made = [envs.make_vec("Swarm", 5, num_workers, **SWARM) for num_workers in (0, 3)]
-    results = [one.reset(seed=2, options={"position": start}) for one in made]
-    assert_same(results[0], results[1])
-    np.testing.assert_array_equal(made[1].get_state()["position"], start)
-    for one in made:
-        one.close()
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_seeds(num_workers):
     made = envs.make_vec("CartPole-v1", 4, num_workers)
@@ -228,20 +199,6 @@ def test_seeds(num_workers):
     np.testing.assert_array_equal(first, again)
     other, _ = made.reset(seed=4)
     assert not np.isin(other, first).any()
-    made.close()
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_returned_arrays_are_copies(num_workers):
-    made = envs.make_vec("Swarm", 4, num_workers, **SWARM)
-    actions = actions_for(made, 30)
-    kept = [made.reset(seed=0)] + [made.step(action) for action in actions[:15]]
-    observations, infos = kept[0][0].copy(), kept[13][4]["final_obs"].copy()
-    for action in actions:
-        made.step(action)
-    made.reset(seed=9)
-    np.testing.assert_array_equal(kept[0][0], observations)
-    np.testing.assert_array_equal(kept[13][4]["final_obs"], infos)
     made.close()
 
 
@@ -332,13 +289,11 @@ def test_bad_arguments_are_refused_before_anything_starts(arguments, message, nu
         ("Pendulum-v1", [[0.0], [np.nan], [0.0], [0.0]], "actions.*NaN"),
         ("Pendulum-v1", [[0.0], [np.inf], [0.0], [0.0]], "actions.*infinity"),
         ("Pendulum-v1", [0.0] * 4, r"actions.*\(4,\).*\(4, 1\)"),
-        ("Swarm", np.full((4, 4, 1), np.nan), "actions.*NaN"),
-        ("Swarm", np.zeros((4, 4)), r"actions.*\(4, 4\).*\(4, 4, 1\)"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_actions_are_refused_and_leave_the_pool_usable(env_id, actions, message, num_workers):
-    made = envs.make_vec(env_id, 4, num_workers, **(SWARM if env_id == "Swarm" else {}))
+    made = envs.make_vec(env_id, 4, num_workers)
     made.reset(seed=0)
     with pytest.raises(ValueError, match=message):
         made.step(actions)
@@ -347,45 +302,15 @@ def test_bad_actions_are_refused_and_leave_the_pool_usable(env_id, actions, mess
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_starts_and_states_are_refused_and_leave_the_pool_usable(num_workers):
-    made = envs.make_vec("Swarm", 4, num_workers, **SWARM)
-    before, _ = made.reset(seed=0)
-    state = made.get_state()
-    nan = state["position"].copy()
-    nan[3] = np.nan
-    for call, message in (
-        (lambda: made.reset(seed=-1), "seed is -1"),
-        (lambda: made.reset(seed=0.5), "seed is 0.5"),
-        (lambda: made.reset(options={"altitude": 3}), "options.*altitude.*heading"),
-        (lambda: made.reset(options={"position": np.zeros((3, 4, 2))}), r"options\['position'\].*\(4, 4, 2\)"),
-        (lambda: made.reset(options={"position": nan}), r"options\['position'\].*NaN"),
-        (lambda: made.set_state({}), "state.*position"),
-        (lambda: made.set_state(state | {"position": nan[:2]}), r"state\['position'\].*\(4, 4, 2\)"),
-        (lambda: made.set_state(state | {"position": nan}), r"state\['position'\].*NaN"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-    assert_same(state, made.get_state())
-    np.testing.assert_array_equal(made.reset(seed=0)[0], before)
-    made.close()
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
-    ("env_id", "options", "message"),
+    ("options", "message"),
     [
-        (
-            "LidarNavigation",
-            {"goal": np.full((4, 10, 2), 9.0)},
-            r"\['goal'\]\[0, 0, 0\] is 9: it must be from 0 to 8",
-        ),
-        ("LidarNavigation", {"identical": -1}, r"options\['identical'\] is -1"),
-        ("CartPole-v1", {"identical": 1.5}, r"options\['identical'\] is 1.5"),
-        ("CartPole-v1", {"identical": 2}, r"options\['identical'\] is 2.*needs one seed"),
+        ({"identical": 1.5}, r"options\['identical'\] is 1.5"),
+        ({"identical": 2}, r"options\['identical'\] is 2.*needs one seed"),
     ],
 )
-def test_options_that_only_the_environment_can_judge_leave_the_pool_usable(env_id, options, message, num_workers):
-    made = envs.make_vec(env_id, 4, num_workers)
+def test_bad_options_leave_the_pool_usable(options, message, num_workers):
+    made = envs.make_vec("CartPole-v1", 4, num_workers)
     before, _ = made.reset(seed=0)
     with pytest.raises(ValueError, match=message):
         made.reset(options=options)
@@ -419,19 +344,15 @@ def test_gymnasium_environments_cannot_be_saved(num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander"])
-def test_step_before_reset_and_after_close(env_id, num_workers):
-    made = envs.make_vec(env_id, 4, num_workers, render_mode="rgb_array")
+def test_step_before_reset_and_after_close(num_workers):
+    made = envs.make_vec("CartPole-v1", 4, num_workers, render_mode="rgb_array")
     with pytest.raises(gym.error.ResetNeeded, match="before reset"):
         made.step([0] * 4)
     made.reset()
     made.step([0] * 4)
     made.close()
     made.close()
-    calls = [lambda: made.step([0] * 4), made.reset, made.render]
-    if env_id == "LunarLander":
-        calls += [made.get_state, lambda: made.set_state({})]
-    for call in calls:
+    for call in (lambda: made.step([0] * 4), made.reset, made.render):
         with pytest.raises(gym.error.ClosedEnvironmentError, match="these environments are closed"):
             call()
 
@@ -554,7 +475,7 @@ def test_killing_a_worker_and_its_replacement_hangs_nothing():
         process.join()
 
 
-def test_ctrl_c_in_mid_step_closes_the_pool(monkeypatch):
+def test_ctrl_c_in_mid_step_closes_the_pool():
     made, actions = scripted(4, 2, act="sleep")
     made.step(actions)
     made.step(actions)
@@ -575,9 +496,13 @@ def test_a_forked_copy_does_not_stop_the_workers():
     made, actions = scripted(4, 2)
     pid = os.fork()
     if pid == 0:
-        made.close()
-        os._exit(0)
-    os.waitpid(pid, 0)
+        status = 1
+        try:
+            made.close()
+            status = 0
+        finally:  # or it would go on with the tests
+            os._exit(status)
+    assert os.waitpid(pid, 0) == (pid, 0)
     made.step(actions)
     made.close()
 

@@ -1,4 +1,4 @@
-"""VmasNavigation is VMAS's `navigation`, and keeps the promises of every native environment.
+"""VmasNavigation is VMAS's `navigation`.
 
 The judge is the `vmas` package itself, twice over: as shipped, in float32, one step from each of 300 states; and made
 to compute in float64, over whole stretches, because contacts amplify rounding errors exponentially. Its one dependence
@@ -6,13 +6,12 @@ on other environments (`beside_the_batch`) is computed, counted and taken off.
 """
 
 import math
-import re
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
 import vmas
+from gymnasium.utils.env_checker import data_equivalence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,32 +79,18 @@ def one_torch_thread():
     torch.set_num_threads(threads)
 
 
-def make(num_envs=1, num_workers=0, **env_kwargs):
-    return envs.make_vec("VmasNavigation", num_envs, num_workers=num_workers, **env_kwargs)
+def make(num_envs=1, **env_kwargs):
+    return envs.make_vec("VmasNavigation", num_envs, num_workers=0, **env_kwargs)
 
 
-def random_actions(vector, steps, seed=0, reach=1.0):
+def random_actions(vector, steps, seed=0):
     """(steps, num_envs, n_agents, 2)"""
-    return np.random.default_rng(seed).uniform(-reach, reach, (steps, *vector.action_space.shape)).astype(np.float32)
+    return np.random.default_rng(seed).uniform(-1, 1, (steps, *vector.action_space.shape)).astype(np.float32)
 
 
 def play(vector, actions):
     """What `step` returns for each of the actions."""
     return [vector.step(action) for action in actions]
-
-
-def arrays(a, name=""):
-    """All arrays in a nested return, by name."""
-    if isinstance(a, np.ndarray):
-        return {name: a}
-    parts = a.items() if isinstance(a, dict) else enumerate(a)
-    return {key: array for part, value in parts for key, array in arrays(value, f"{name}/{part}").items()}
-
-
-def same(a, b):
-    """Whether two nested returns hold the same, to the last bit; NaN equals nothing."""
-    a, b = arrays(a), arrays(b)
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
 
 
 def distances(position):
@@ -282,7 +267,7 @@ def test_ends_and_final_rewards_are_those_of_vmas(n_agents):
     episode = infos["episode"]
     np.testing.assert_allclose(episode["reward_final"][dones], 0.01 * final[dones], atol=1e-12)
     assert (episode["arrived"][dones] == 1).all() and (episode["l"][dones] == 1).all()
-    assert same(infos["_final_obs"], dones) and same(infos["_episode"], dones)
+    assert np.array_equal(infos["_final_obs"], dones) and np.array_equal(infos["_episode"], dones)
 
 
 def test_the_weights_are_those_of_vmas():
@@ -465,8 +450,9 @@ def test_a_start_given_in_part_is_taken_as_it_is_and_the_next_is_random():
     vector.reset(seed=0, options={"goal_pos": given_goals}), free.reset(seed=0)
     state, expected = vector.get_state(), free.get_state()
     assert np.array_equal(state["goal_pos"], given_goals)
-    assert same(state | {"goal_pos": expected["goal_pos"]}, expected)
-    assert same(play(vector, np.zeros((1, 2, 3, 2)))[0][0], play(free, np.zeros((1, 2, 3, 2)))[0][0])
+    assert data_equivalence(state | {"goal_pos": expected["goal_pos"]}, expected, exact=True)
+    still = np.zeros((2, 3, 2))
+    assert np.array_equal(vector.step(still)[0], free.step(still)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -514,18 +500,6 @@ def test_statistics_are_those_of_the_episode():
     assert kinds >= {(True, False), (True, True), (False, True)}
 
 
-def test_the_step_that_ends_an_episode_returns_its_last_observation_and_the_next_ones_first():
-    vector, longer, fresh = make(3, max_steps=5), make(3), make(3, max_steps=5)
-    for each in (vector, longer, fresh):
-        each.reset(seed=2)
-    actions = random_actions(vector, 8)
-    ours, theirs = play(vector, actions[:5])[-1], play(longer, actions[:5])[-1]
-    assert ours[3].all() and not ours[2].any()
-    assert same(ours[4]["final_obs"], theirs[0]) and same(ours[1], theirs[1])
-    assert same(ours[0], fresh.reset()[0])  # the steps draw nothing
-    assert same(play(vector, actions[5:]), play(fresh, actions[5:]))
-
-
 def test_an_episode_that_arrives_in_its_last_step_is_terminated_and_truncated():
     start = {"agent_pos": np.zeros((1, 1, 2)), "goal_pos": np.full((1, 1, 2), 0.01)}
     for max_steps, truncated in ((1, True), (2, False)):
@@ -535,171 +509,21 @@ def test_an_episode_that_arrives_in_its_last_step_is_terminated_and_truncated():
         assert terminations[0] and truncations[0] == truncated
 
 
-def test_actions_beyond_the_bounds_act_as_the_bounds_and_are_left_as_they_were():
-    within, beyond = make(2), make(2)
-    within.reset(seed=0), beyond.reset(seed=0)
-    for action in random_actions(within, 20, reach=3):
-        given_action = action.copy()
-        assert same(within.step(np.clip(action, -1, 1)), beyond.step(action))
-        assert np.array_equal(action, given_action)
-
-
-def test_infos_and_spaces_are_those_of_the_contract():
-    vector = make(4, n_agents=7, max_steps=2)
+def test_spaces_are_those_of_the_contract():
+    vector = make(4, n_agents=7)
     assert vector.observation_space.shape == (4, 7, 18) and vector.action_space.shape == (4, 7, 2)
     low, high = vector.single_observation_space.low, vector.single_observation_space.high
     assert (low[:, :6] == -np.inf).all() and (high[:, :6] == np.inf).all()
     assert (low[:, 6:] == 0).all() and (high[:, 6:] == np.float32(0.45)).all()
     assert (vector.action_space.low == -1).all() and (vector.action_space.high == 1).all()
-    observations, infos = vector.reset(seed=0)
-    going_on, ended = play(vector, random_actions(vector, 2))
-    assert infos == going_on[4] == {}
-    assert set(ended[4]) == {"final_obs", "_final_obs", "final_info", "_final_info", "episode", "_episode"}
-    assert set(ended[4]["episode"]) == set(STATS)
-    assert observations.dtype == ended[0].dtype == ended[1].dtype == np.float32 and ended[1].shape == (4, 7)
-    assert ended[2].dtype == ended[3].dtype == bool and ended[2].shape == ended[3].shape == (4,)
-    assert vector.observation_space.contains(observations) and vector.observation_space.contains(ended[0])
 
 
-def test_returned_arrays_stay_as_they_are_and_writing_to_them_changes_nothing():
-    vector, other = make(2, max_steps=4), make(2, max_steps=4)
-    vector.reset(seed=0), other.reset(seed=0)
-    steps = []
-    for action in random_actions(vector, 10):
-        steps.append((vector.step(action), scribbled := other.step(action)))
-        assert same(*steps[-1])
-        for array in (*arrays(scribbled).values(), *other.get_state().values()):
-            array[...] = 1
-    again = make(2, max_steps=4)
-    again.reset(seed=0)
-    assert same([ours for ours, _ in steps], play(again, random_actions(vector, 10)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Seeds, workers, state
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def seeded_run(vector, seed=7):
-    """Everything the environment says after a seed, over autoresets of both kinds and a reset without a seed."""
-    started = vector.reset(seed=seed)
-    return started, [vector.step(to_goals(vector)) for _ in range(60)], vector.reset(), play(vector, [zeros(vector)])
-
-
-def zeros(vector):
-    return np.zeros(vector.action_space.shape, np.float32)
-
-
-def test_the_same_seed_gives_the_same_run_and_another_seed_another():
-    used = make(3, max_steps=25)
-    seeded_run(used, 1)
-    ours, fresh = seeded_run(used), seeded_run(make(3, max_steps=25))
-    assert same(ours, fresh)
-    assert any(step[2].any() for step in ours[1]) and any(step[3].any() for step in ours[1])
-    assert not same(ours, seeded_run(used, 8))
-
-
-def test_the_same_with_any_number_of_workers():
-    def run(num_workers):
-        vector = make(5, num_workers, max_steps=10)
-        state, actions = vector.reset(seed=3), random_actions(vector, 25)
-        steps = play(vector, actions)
-        kept = vector.get_state()
-        after = play(vector, actions)
-        assert same(vector.set_state(kept)[0], steps[-1][0]) and same(play(vector, actions), after)
-        vector.close()
-        return state, steps, kept, after
-
-    runs = [run(num_workers) for num_workers in (0, 1, 2)]
-    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
-
-
-def test_a_batch_cut_into_slices_is_the_same_batch():
-    whole = make(5, n_agents=6, max_steps=9)
-    whole.reset(seed=11)
-    actions = random_actions(whole, 20)
-    expected = play(whole, actions)
-    for first, size in ((0, 2), (2, 3)):
-        part = envs.VmasNavigation(size, n_agents=6, max_steps=9, first_env=first)
-        part.reset(seed=11)
-        for step, action in zip(expected, actions[:, first : first + size], strict=True):
-            ours = arrays(part.step(action))
-            assert all(np.array_equal(array[first : first + size], ours[key]) for key, array in arrays(step).items())
-
-
-def test_set_state_goes_on_bit_for_bit_in_the_same_or_another_object():
-    vector = make(3, max_steps=8)
-    vector.reset(seed=9)
-    actions = random_actions(vector, 25)
-    *_, (observations, *_) = play(vector, actions[:5])
-    state = vector.get_state()
-    assert all(array.shape[0] == 3 for array in state.values())
-    expected = play(vector, actions[5:]), vector.reset()
-    for other in (vector, make(3, max_steps=8)):
-        assert same(other.set_state(state)[0], observations)
-        assert same((play(other, actions[5:]), other.reset()), expected)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------------------
-
-BAD_ARGUMENTS = [
-    *(("n_agents", value) for value in (0, -1, 51, 2.5, True, "3", None)),
-    *(("max_steps", value) for value in (0, -5, 10.0, None)),
-    *(
-        (name, value)
-        for name in ("pos_shaping_factor", "final_reward", "agent_collision_penalty")
-        for value in (math.nan, math.inf, "1", None)
-    ),
-    *(("render_mode", value) for value in ("x", 1)),
-    *(("num_envs", value) for value in (0, 1.5, True)),
-]
-
-
-@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=[f"{name}={value!r}" for name, value in BAD_ARGUMENTS])
-def test_a_bad_argument_is_named_with_its_value(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}: .*must be"):
-        make(**{name: value})
-
-
-def test_an_unknown_argument_is_named():
-    with pytest.raises(TypeError, match="^lidar_range is 1: VmasNavigation has no such argument"):
-        make(lidar_range=1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"position": np.zeros((2, 3, 2))}, "options.*position.*agent_pos"),
-        ({"agent_pos": np.zeros((2, 3))}, r"options\['agent_pos'\] has shape \(2, 3\).*\(2, 3, 2\)"),
-        ({"agent_vel": np.full((2, 3, 2), math.inf)}, r"options\['agent_vel'\].*infinity"),
-        ({"goal_pos": np.full((2, 3, 2), math.nan)}, r"options\['goal_pos'\].*NaN"),
-    ],
-    ids=["unknown key", "shape", "infinite", "NaN"],
-)
-def test_bad_options_are_named_and_leave_the_episode_going(options, message):
+def test_a_step_draws_nothing():
     vector = make(2)
     vector.reset(seed=0)
-    before = vector.get_state()
-    with pytest.raises(ValueError, match=message):
-        vector.reset(seed=1, options=options)
-    assert same(vector.get_state(), before)
-
-
-@pytest.mark.parametrize("actions", [np.zeros((2, 3)), np.zeros((3, 2, 2)), 0.0, np.full((2, 3, 2), math.nan), "left"])
-def test_bad_actions_are_named_and_leave_the_episode_going(actions):
-    vector = make(2)
-    vector.reset(seed=0)
-    before = vector.get_state()
-    with pytest.raises(ValueError, match=r"^actions (has shape .* must be \(2, 3, 2\)|holds NaN|is .* must be)"):
-        vector.step(actions)
-    assert same(vector.get_state(), before)
-
-
-def test_a_step_before_the_first_reset_is_refused():
-    with pytest.raises(gymnasium.error.ResetNeeded, match="reset"):
-        make().step(np.zeros((1, 3, 2)))
+    before = vector.get_state()["rng"]
+    assert not any(step[2].any() for step in play(vector, random_actions(vector, 5)))
+    assert np.array_equal(vector.get_state()["rng"], before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
