@@ -1,6 +1,7 @@
 """async_ppo.py keeps its promises: the mathematics, the actors' lag and deaths, and whole runs as a user starts them.
 
-The helpers that start runs are those of test_ppo_swarm.py. Most runs skip the comparison at the end and its videos.
+Most runs skip the comparison at the end and its videos. What the pool that the actors are in promises whatever its
+workers do is in test_stream_pool.py.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,11 +24,12 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_ppo_swarm import (
+from running import (
     ENVIRONMENT,
     HIGH,
     LOW,
     RATIOS,
+    ROOT,
     Nursery,
     Started,
     assert_other_weights,
@@ -49,10 +52,9 @@ from test_ppo_swarm import (
 
 import async_ppo
 import envs
-from async_ppo import Actors, Agent, Args, Categorical, Novelty, RunningStats, SquashedNormal, compute_gae
+from async_ppo import Agent, Args, Categorical, Novelty, RunningStats, SquashedNormal, act, compute_gae, make_fragment
 
 SCRIPT = Path(async_ppo.__file__)
-ROOT = SCRIPT.parent
 
 # An environment of which the actors are as slow as one likes, and the learner, which only evaluates in it, is not
 PACED = """
@@ -351,11 +353,13 @@ def test_intrinsic_rewards_are_the_errors_over_the_deviation_of_their_sums_carri
 @contextlib.contextmanager
 def acting(num_actors, max_lag, seed=0, **env_kwargs):
     args = Args(env_id=PACED_ID, env_kwargs=env_kwargs, num_envs=2 * num_actors, num_actors=num_actors, num_steps=6)
-    args.max_lag, args.norm_obs = max_lag, True
+    args.norm_obs = True
     torch.manual_seed(seed)
     world = envs.make_vec(PACED_ID, 2, 0)
     agent = Agent(args, world)
-    actors = Actors(args, world, as_vector(agent), 0, (seed, 0, 0))
+    produce, make_buffer = partial(act, args, (seed, 0, 0)), partial(make_fragment, world, args.num_steps)
+    actors = envs.StreamPool(produce, num_actors, make_buffer, max_lag)
+    actors.start(as_vector(agent).numpy(), 0)
     try:
         yield agent, actors
     finally:
@@ -373,7 +377,7 @@ def learn(agent, actors, version):
         for parameter in agent.parameters():
             parameter += 0.3 * torch.randn(parameter.shape)
         agent.obs_std.clamp_(min=0.3)
-    actors.publish(as_vector(agent), version)
+    actors.publish(as_vector(agent).numpy(), version)
     actors.release()
 
 
@@ -465,7 +469,7 @@ def test_who_replaces_a_dead_actor_gets_its_free_fragments_and_a_world_of_its_ow
         assert actors.processes[0].pid != dead.pid
         assert max_lag > 0 or [owner for owner, _ in later].count(0) == 8
         assert not before & {observations for _, observations in later}
-    assert f"actor process {dead.pid} died, with exit code -9" in capsys.readouterr().out
+    assert f"worker process {dead.pid} died, with exit code -9" in capsys.readouterr().out
 
 
 def test_an_actor_that_dies_before_its_first_order_is_replaced_as_any_other(monkeypatch, capsys):
@@ -508,7 +512,7 @@ def test_what_a_dead_actor_left_is_kept_from_who_replaces_it_until_it_is_release
 
 @pytest.mark.parametrize("seconds", [60.0, 0.0])
 def test_only_deaths_in_quick_succession_end_the_run(monkeypatch, seconds):
-    monkeypatch.setattr(async_ppo, "DEATH_SECONDS", seconds)
+    monkeypatch.setattr(envs, "DEATH_SECONDS", seconds)
     with acting(2, 0) as (agent, actors):
         for death in range(1, 6):
             os.kill(actors.processes[death % 2].pid, signal.SIGKILL)
@@ -546,10 +550,11 @@ def watch(frame, event, result):
         script = frame.f_back.f_globals
         if event == "call":
             batch = {name: x.clone() for name, x in frame.f_locals.items() if torch.is_tensor(x)}
-            batch |= {name: script[name].clone() for name in [*names[:6], "next_obs"]}
+            batch |= {name: script["data"][name].clone() for name in names[:6]}
+            batch["next_obs"] = script["next_obs"].clone()
             batch["env_rewards"] = torch.from_numpy(script["fragments"][0]["rewards"]).clone()
             with torch.no_grad():
-                batch["final"] = script["agent"].get_value(script["final_obs"])
+                batch["final"] = script["agent"].get_value(batch["final_obs"])
                 batch["new_logprobs"] = script["agent"].get_policy(batch["obs"][:-1]).log_prob(batch["actions"])
                 batch["errors"] = script["agent"].novelty(script["next_obs"], script["agent"].obs_stats)
             batch["return_std"] = script["agent"].novelty.return_stats.std()
@@ -853,7 +858,8 @@ def test_a_killed_actor_is_replaced_with_a_line_and_the_run_finishes(tmp_path):
         last = children(run.process.pid)
         result = run.finish()
     assert result.code == 0, result.output
-    assert f"actor process {first} died, with exit code -9: its fragment is lost" in result.output
+    lost = "what it was filling is lost, another takes its place"
+    assert f"worker process {first} died, with exit code -9: {lost}" in result.output
     assert steps_of(result.folder) == ALL_STEPS
     assert second in last and not any(map(alive, last))
 
@@ -871,9 +877,10 @@ def test_three_deaths_end_the_run_with_a_checkpoint_of_all_that_it_did_from_whic
                 seen |= set(children(run.process.pid))
         ended = run.finish()
     error = error_of(ended.output)
-    assert ended.code == 1 and error.startswith("RuntimeError: actor process") and "3 within 60 seconds" in error
+    assert ended.code == 1 and error.startswith("RuntimeError: worker process") and "3 within 60 seconds" in error
     assert_soon_gone(seen)
-    iteration = saved(ended.folder / "checkpoint.pt")["iteration"]
+    iteration, rest = divmod(saved(ended.folder / "checkpoint.pt")["step"], PER_UPDATE)
+    assert rest == 0
     assert iteration >= 10 and steps_of(ended.folder) == ALL_STEPS[:iteration]
     assert steps_of(gone_on(nursery, tmp_path, args).folder) == ALL_STEPS
 
@@ -963,7 +970,7 @@ def test_an_environment_that_raises_is_shown_with_its_own_traceback_and_leaves_n
         pids = actors_of(run)
         result = run.finish()
     assert result.code == 1 and error_of(result.output).startswith("ArithmeticError: the moon is made of cheese")
-    assert result.output.count("Traceback") == 2 and "RuntimeError: an actor failed" in result.output
+    assert result.output.count("Traceback") == 2 and re.search(r"RuntimeError: worker [01] failed", result.output)
     assert 'raise ArithmeticError("the moon is made of cheese")' in result.output
     assert len(pids) == 2 and not any(map(alive, pids))
     assert (result.folder / "checkpoint.pt").exists()
@@ -983,7 +990,7 @@ def test_a_run_leaves_its_events_model_plot_and_video_and_nothing_else(finished)
     run = finished["whole"]
     assert [name.split(".")[0] for name in contents(run.folder)] == ["eval", "eval", "events", "model"]
     assert "Warning" not in run.output
-    assert list(table(run.output))[1:] == ["async_ppo", "random"]
+    assert list(table(run.output))[1:] == ["async_ppo", "sampled", "random"]
 
 
 def test_in_a_world_that_draws_no_pictures_policies_are_compared_without_a_video(capsys, tmp_path):
@@ -1015,7 +1022,9 @@ def test_evaluate_prints_the_table_of_the_run_again_and_judges_elsewhere(nursery
     assert [again.code, other.code] == [0, 0], again.output + other.output
     assert refused.code == 1 and "env_kwargs is {'gravity': -9}: with evaluate they must be left out" in refused.output
     assert table(again.output) == table(finished["whole"].output)
-    assert list(table(other.output))[1:] == ["async_ppo", "random"] and table(other.output) != table(again.output)
+    assert list(table(other.output))[1:] == ["async_ppo", "sampled", "random"] and table(other.output) != table(
+        again.output
+    )
     (drawn,) = (tmp_path / "again").glob("evaluate-*")
     assert contents(drawn) == ["eval.mp4", "eval.png"] and not folders(tmp_path / "again")
 
@@ -1103,7 +1112,7 @@ BAD_ARGUMENTS = {
     "max_lag": (-1,),
     "init_logstd": (-21.0, math.nan),
     "hidden_dim": (1,),
-    "seed": (-1, 2**32, async_ppo.VALIDATION_SEED),
+    "seed": (-1, 2**32, envs.VALIDATION_SEED),
 }
 
 
@@ -1121,7 +1130,7 @@ OTHERS["matrices of"] = OTHERS["integer"]
 BAD_COMMANDS = {
     "total_timesteps": (dict(total_timesteps=PER_UPDATE - 1), f"{PER_UPDATE - 1}"),
     "num_minibatches": (dict(num_minibatches=9), "9.*must divide"),
-    "num_minibatches of one": (dict(num_minibatches=PER_UPDATE), f"{PER_UPDATE}.*must be less"),
+    "num_minibatches of one": (dict(num_minibatches=PER_UPDATE), f"{PER_UPDATE}.*two steps or more"),
     "num_actors": (dict(num_actors=3), "3.*must divide num_envs, 4"),
     "num_workers with actors": (dict(num_workers=1), "1.*must be 0"),
     "num_workers": (dict(num_actors=0, num_workers=5), "5.*from 0 to 4"),
