@@ -32,8 +32,11 @@ from running import (
     ROOT,
     Nursery,
     Started,
+    alive,
     assert_other_weights,
     assert_same_weights,
+    assert_soon_gone,
+    children,
     contents,
     curves,
     entropy_by_integration,
@@ -800,29 +803,6 @@ def test_it_learns_cartpole_by_itself(nursery, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs: deaths, signals and what they leave
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def children(pid):
-    """Of a process: those that are not dead, in the order of their start."""
-    try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between the open and the read
-        return []
-    return [int(child) for child in found if alive(int(child))]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between the open and the read
-        return False
-
-
-def assert_soon_gone(pids, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if alive(pid)]}"
-        time.sleep(0.01)
 
 
 def started(cwd, args=SLOWED):
