@@ -3212,6 +3212,7 @@ def _close_stream(channels, processes):
     for process in processes.values():
         process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
+        process.join()  # or what is left of it stays, and a descriptor with it
 
 
 def _death(pid):
