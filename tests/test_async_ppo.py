@@ -1,12 +1,12 @@
 """async_ppo.py keeps its promises: the mathematics, the actors' lag and deaths, and whole runs as a user starts them.
 
-The helpers that start runs are those of test_ppo_swarm.py. Most runs skip the comparison at the end and its videos.
+Most runs skip the comparison at the end and its videos. What the pool that the actors are in promises whatever its
+workers do is in test_stream_pool.py.
 """
 
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,15 +23,19 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_ppo_swarm import (
+from running import (
     ENVIRONMENT,
     HIGH,
     LOW,
     RATIOS,
+    ROOT,
     Nursery,
     Started,
+    alive,
     assert_other_weights,
     assert_same_weights,
+    assert_soon_gone,
+    children,
     contents,
     curves,
     entropy_by_integration,
@@ -49,10 +54,9 @@ from test_ppo_swarm import (
 
 import async_ppo
 import envs
-from async_ppo import Actors, Agent, Args, Categorical, Novelty, RunningStats, SquashedNormal, compute_gae
+from async_ppo import Agent, Args, Categorical, Novelty, RunningStats, SquashedNormal, act, compute_gae, make_fragment
 
 SCRIPT = Path(async_ppo.__file__)
-ROOT = SCRIPT.parent
 
 # An environment of which the actors are as slow as one likes, and the learner, which only evaluates in it, is not
 PACED = """
@@ -351,11 +355,13 @@ def test_intrinsic_rewards_are_the_errors_over_the_deviation_of_their_sums_carri
 @contextlib.contextmanager
 def acting(num_actors, max_lag, seed=0, **env_kwargs):
     args = Args(env_id=PACED_ID, env_kwargs=env_kwargs, num_envs=2 * num_actors, num_actors=num_actors, num_steps=6)
-    args.max_lag, args.norm_obs = max_lag, True
+    args.norm_obs = True
     torch.manual_seed(seed)
     world = envs.make_vec(PACED_ID, 2, 0)
     agent = Agent(args, world)
-    actors = Actors(args, world, as_vector(agent), 0, (seed, 0, 0))
+    produce, make_buffer = partial(act, args, (seed, 0, 0)), partial(make_fragment, world, args.num_steps)
+    actors = envs.StreamPool(produce, num_actors, make_buffer, max_lag)
+    actors.start(as_vector(agent).numpy(), 0)
     try:
         yield agent, actors
     finally:
@@ -373,7 +379,7 @@ def learn(agent, actors, version):
         for parameter in agent.parameters():
             parameter += 0.3 * torch.randn(parameter.shape)
         agent.obs_std.clamp_(min=0.3)
-    actors.publish(as_vector(agent), version)
+    actors.publish(as_vector(agent).numpy(), version)
     actors.release()
 
 
@@ -407,35 +413,6 @@ def test_whatever_the_delays_a_fragment_is_of_the_policy_it_says_and_that_is_not
             versions.append(as_vector(agent))
 
 
-def test_a_slow_actor_holds_up_nobody_and_what_it_brings_too_late_is_thrown_away():
-    with acting(3, 3, pause=0.0005, slow_pause=0.1) as (agent, actors):  # 1.2 s for a slow fragment, 6 ms for another
-        slow = next(i for i, process in actors.processes.items() if int(process.name.split("-")[-1]) % 3 == 1)
-        start, owners = time.time(), []
-        for version in range(1, 41):
-            taken = actors.take(3)
-            owners += [owner for owner, _, _ in taken]
-            assert max(lag for *_, lag in taken) <= 3
-            learn(agent, actors, version)
-        seconds = time.time() - start
-        assert owners.count(slow) <= 4 and min(owners.count(i) for i in range(3) if i != slow) >= 30
-        assert seconds < 0.3 * 40 * 1.2
-        version, deadline = 40, time.time() + 30
-        while not actors.discarded:  # the first slow fragment was begun with version 0
-            assert time.time() < deadline
-            actors.take(3)
-            version += 1
-            learn(agent, actors, version)
-
-
-def test_without_a_lag_every_actor_brings_one_fragment_to_every_update():
-    with acting(3, 0, pause=0.0005, slow_pause=0.005) as (agent, actors):
-        for version in range(1, 11):
-            taken = actors.take(3)
-            assert sorted(owner for owner, _, _ in taken) == [0, 1, 2] and {lag for *_, lag in taken} == {0}
-            learn(agent, actors, version)
-        assert actors.discarded == 0
-
-
 def test_actors_live_in_worlds_of_their_own_and_draw_actions_of_their_own():
     with acting(3, 0) as (_, actors):
         taken = actors.take(3)
@@ -465,61 +442,7 @@ def test_who_replaces_a_dead_actor_gets_its_free_fragments_and_a_world_of_its_ow
         assert actors.processes[0].pid != dead.pid
         assert max_lag > 0 or [owner for owner, _ in later].count(0) == 8
         assert not before & {observations for _, observations in later}
-    assert f"actor process {dead.pid} died, with exit code -9" in capsys.readouterr().out
-
-
-def test_an_actor_that_dies_before_its_first_order_is_replaced_as_any_other(monkeypatch, capsys):
-    Process = multiprocessing.context.ForkProcess
-    start, born = Process.start, []
-
-    def stillborn(self):
-        start(self)
-        born.append(self)
-        if len(born) == 3:  # the first to be replaced
-            self.kill()
-            self.join()
-
-    with acting(2, 0) as (agent, actors):
-        born += actors.processes.values()
-        monkeypatch.setattr(Process, "start", stillborn)
-        actors.take(2)
-        os.kill(actors.processes[0].pid, signal.SIGKILL)
-        actors.processes[0].join()
-        learn(agent, actors, 1)
-        assert sorted(owner for owner, _, _ in actors.take(2)) == [0, 1]
-        assert len(born) == 4 and not born[2].is_alive()
-    assert capsys.readouterr().out.count("another takes its place") == 2
-
-
-def test_what_a_dead_actor_left_is_kept_from_who_replaces_it_until_it_is_released():
-    with acting(1, 1) as (agent, actors):
-        time.sleep(0.5)  # both of its fragments are full
-        os.kill(actors.processes[0].pid, signal.SIGKILL)
-        actors.processes[0].join()
-        actors.take(1)
-        learn(agent, actors, 1)
-        taken = actors.take(2)  # the other, and one of the new actor's
-        copies = [fragment["obs"].copy() for _, fragment, _ in taken]
-        time.sleep(0.3)
-        assert taken[0][1] is not taken[1][1] and not (copies[0] == copies[1]).all()
-        for (_, fragment, _), before in zip(taken, copies, strict=True):
-            assert (fragment["obs"] == before).all()
-
-
-@pytest.mark.parametrize("seconds", [60.0, 0.0])
-def test_only_deaths_in_quick_succession_end_the_run(monkeypatch, seconds):
-    monkeypatch.setattr(async_ppo, "DEATH_SECONDS", seconds)
-    with acting(2, 0) as (agent, actors):
-        for death in range(1, 6):
-            os.kill(actors.processes[death % 2].pid, signal.SIGKILL)
-            actors.processes[death % 2].join()
-            learn(agent, actors, death)
-            if seconds and death == 3:
-                with pytest.raises(RuntimeError, match="died, with exit code -9: the last of 3 within 60 seconds"):
-                    actors.take(2)
-                return
-            actors.take(2)
-        assert seconds == 0.0 and death == 5
+    assert f"worker process {dead.pid} died, with exit code -9" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -546,10 +469,11 @@ def watch(frame, event, result):
         script = frame.f_back.f_globals
         if event == "call":
             batch = {name: x.clone() for name, x in frame.f_locals.items() if torch.is_tensor(x)}
-            batch |= {name: script[name].clone() for name in [*names[:6], "next_obs"]}
+            batch |= {name: script["data"][name].clone() for name in names[:6]}
+            batch["next_obs"] = script["next_obs"].clone()
             batch["env_rewards"] = torch.from_numpy(script["fragments"][0]["rewards"]).clone()
             with torch.no_grad():
-                batch["final"] = script["agent"].get_value(script["final_obs"])
+                batch["final"] = script["agent"].get_value(batch["final_obs"])
                 batch["new_logprobs"] = script["agent"].get_policy(batch["obs"][:-1]).log_prob(batch["actions"])
                 batch["errors"] = script["agent"].novelty(script["next_obs"], script["agent"].obs_stats)
             batch["return_std"] = script["agent"].novelty.return_stats.std()
@@ -797,29 +721,6 @@ def test_it_learns_cartpole_by_itself(nursery, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def children(pid):
-    """Of a process: those that are not dead, in the order of their start."""
-    try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between the open and the read
-        return []
-    return [int(child) for child in found if alive(int(child))]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between the open and the read
-        return False
-
-
-def assert_soon_gone(pids, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if alive(pid)]}"
-        time.sleep(0.01)
-
-
 def started(cwd, args=SLOWED):
     (cwd / "paced_world.py").write_text(PACED)
     return Started(cwd, args, (sys.executable, str(with_probe(QUICK, cwd / "launch.py", SCRIPT))))
@@ -853,7 +754,8 @@ def test_a_killed_actor_is_replaced_with_a_line_and_the_run_finishes(tmp_path):
         last = children(run.process.pid)
         result = run.finish()
     assert result.code == 0, result.output
-    assert f"actor process {first} died, with exit code -9: its fragment is lost" in result.output
+    lost = "what it was filling is lost, another takes its place"
+    assert f"worker process {first} died, with exit code -9: {lost}" in result.output
     assert steps_of(result.folder) == ALL_STEPS
     assert second in last and not any(map(alive, last))
 
@@ -871,9 +773,10 @@ def test_three_deaths_end_the_run_with_a_checkpoint_of_all_that_it_did_from_whic
                 seen |= set(children(run.process.pid))
         ended = run.finish()
     error = error_of(ended.output)
-    assert ended.code == 1 and error.startswith("RuntimeError: actor process") and "3 within 60 seconds" in error
+    assert ended.code == 1 and error.startswith("RuntimeError: worker process") and "3 within 60 seconds" in error
     assert_soon_gone(seen)
-    iteration = saved(ended.folder / "checkpoint.pt")["iteration"]
+    iteration, rest = divmod(saved(ended.folder / "checkpoint.pt")["step"], PER_UPDATE)
+    assert rest == 0
     assert iteration >= 10 and steps_of(ended.folder) == ALL_STEPS[:iteration]
     assert steps_of(gone_on(nursery, tmp_path, args).folder) == ALL_STEPS
 
@@ -963,10 +866,61 @@ def test_an_environment_that_raises_is_shown_with_its_own_traceback_and_leaves_n
         pids = actors_of(run)
         result = run.finish()
     assert result.code == 1 and error_of(result.output).startswith("ArithmeticError: the moon is made of cheese")
-    assert result.output.count("Traceback") == 2 and "RuntimeError: an actor failed" in result.output
+    assert result.output.count("Traceback") == 2 and re.search(r"RuntimeError: worker [01] failed", result.output)
     assert 'raise ArithmeticError("the moon is made of cheese")' in result.output
     assert len(pids) == 2 and not any(map(alive, pids))
     assert (result.folder / "checkpoint.pt").exists()
+
+
+ONE_PROCESS = (
+    QUICK
+    + """
+import contextlib, gc, json, os, runpy, signal, sys
+
+def held():
+    gc.collect()
+    descriptors = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # of the one that lists them
+            descriptors.append(os.readlink(f"/proc/self/fd/{number}"))
+    with open("/proc/self/maps") as maps, open("/proc/self/task/%d/children" % os.getpid()) as children:
+        shared = sum("/dev/zero" in line for line in maps)
+        return sorted(descriptors), shared, children.read(), len(os.listdir("/proc/self/task"))
+
+def run(seed):
+    sys.argv = [*ARGV, "--seed", str(seed)]
+    runpy.run_path(SCRIPT, run_name="__main__")
+
+def stop(self, step, scalars):
+    log(self, step, scalars)
+    if step == 3 * PER_UPDATE:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+ARGV, found, log = [SCRIPT, *sys.argv[1:]], [], envs.Run.log
+for seed in range(5):
+    run(seed)
+    found.append(held())
+envs.Run.log = stop
+run(5)
+found.append(held())
+envs.Run.log = log
+run(5)
+found.append(held())
+json.dump(found, open("found.json", "w"))
+"""
+)
+
+
+def test_runs_in_one_process_leave_nothing_in_it_and_a_stopped_one_goes_on_there(nursery, tmp_path):
+    names = f"SCRIPT, PER_UPDATE = {str(SCRIPT)!r}, {PER_UPDATE}\n"
+    (tmp_path / "one_process.py").write_text(names + ONE_PROCESS)
+    result = nursery.run_one(tmp_path, script=tmp_path / "one_process.py", **ASYNC)
+    assert result.code == 0, result.output
+    first, *later = json.loads((tmp_path / "found.json").read_text())
+    assert later == [first] * 6 and first[1:3] == [0, ""]
+    assert f"stopped at {3 * PER_UPDATE:,}" in result.output and f"resumed at {3 * PER_UPDATE:,}" in result.output
+    assert len(folders(tmp_path)) == 6
+    assert all(steps_of(folder) == ALL_STEPS for folder in folders(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -983,7 +937,7 @@ def test_a_run_leaves_its_events_model_plot_and_video_and_nothing_else(finished)
     run = finished["whole"]
     assert [name.split(".")[0] for name in contents(run.folder)] == ["eval", "eval", "events", "model"]
     assert "Warning" not in run.output
-    assert list(table(run.output))[1:] == ["async_ppo", "random"]
+    assert list(table(run.output))[1:] == ["async_ppo", "sampled", "random"]
 
 
 def test_in_a_world_that_draws_no_pictures_policies_are_compared_without_a_video(capsys, tmp_path):
@@ -1015,7 +969,9 @@ def test_evaluate_prints_the_table_of_the_run_again_and_judges_elsewhere(nursery
     assert [again.code, other.code] == [0, 0], again.output + other.output
     assert refused.code == 1 and "env_kwargs is {'gravity': -9}: with evaluate they must be left out" in refused.output
     assert table(again.output) == table(finished["whole"].output)
-    assert list(table(other.output))[1:] == ["async_ppo", "random"] and table(other.output) != table(again.output)
+    assert list(table(other.output))[1:] == ["async_ppo", "sampled", "random"] and table(other.output) != table(
+        again.output
+    )
     (drawn,) = (tmp_path / "again").glob("evaluate-*")
     assert contents(drawn) == ["eval.mp4", "eval.png"] and not folders(tmp_path / "again")
 
@@ -1103,7 +1059,7 @@ BAD_ARGUMENTS = {
     "max_lag": (-1,),
     "init_logstd": (-21.0, math.nan),
     "hidden_dim": (1,),
-    "seed": (-1, 2**32, async_ppo.VALIDATION_SEED),
+    "seed": (-1, 2**32, envs.VALIDATION_SEED),
 }
 
 
@@ -1121,7 +1077,7 @@ OTHERS["matrices of"] = OTHERS["integer"]
 BAD_COMMANDS = {
     "total_timesteps": (dict(total_timesteps=PER_UPDATE - 1), f"{PER_UPDATE - 1}"),
     "num_minibatches": (dict(num_minibatches=9), "9.*must divide"),
-    "num_minibatches of one": (dict(num_minibatches=PER_UPDATE), f"{PER_UPDATE}.*must be less"),
+    "num_minibatches of one": (dict(num_minibatches=PER_UPDATE), f"{PER_UPDATE}.*two steps or more"),
     "num_actors": (dict(num_actors=3), "3.*must divide num_envs, 4"),
     "num_workers with actors": (dict(num_workers=1), "1.*must be 0"),
     "num_workers": (dict(num_actors=0, num_workers=5), "5.*from 0 to 4"),

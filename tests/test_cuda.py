@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from running import PER_UPDATE, ROOT, SMALL, Nursery, Started, assert_same_weights, saved
 from test_async_ppo import ASYNC
 from test_grpo import SMALL as GRPO
-from test_ppo_swarm import PER_UPDATE, ROOT, SMALL, Nursery, Started, assert_same_weights, saved
 
 CUDA = dict(cuda=True)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -1,9 +1,6 @@
 """ppo_swarm.py keeps its promises: the mathematics, the networks, and whole runs as a user starts them.
 
-Runs are real: the script itself, in a folder of its own, with a small budget. Those that get a signal are processes of
-their own (`Started`); the others are forked from one process that has already imported everything (`Nursery`), because
-importing torch would take most of the time. A probe is a few lines that are executed before the script, to look at what
-it does from inside without changing a line of it.
+How runs are started and read is in running.py.
 """
 
 import dataclasses
@@ -18,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -28,202 +24,49 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from running import (
+    BRIEF,
+    ENVIRONMENT,
+    FEATURES,
+    HIGH,
+    LOW,
+    N_AGENTS,
+    NUM_STEPS,
+    NUM_UPDATES,
+    OWN,
+    PER_UPDATE,
+    POLICIES,
+    RANKS,
+    RATIOS,
+    ROOT,
+    SCRIPT,
+    SMALL,
+    Nursery,
+    Spaces,
+    Started,
+    assert_other_weights,
+    assert_same_curves,
+    assert_same_weights,
+    contents,
+    crowd,
+    curves,
+    entropy_by_integration,
+    error_of,
+    flags,
+    folders,
+    parameters,
+    reference_log_prob,
+    replaced,
+    reproducible,
+    saved,
+    table,
+    torchrun,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
 
 import envs
 import ppo_swarm
 from ppo_swarm import Agent, Args, Linear, SquashedNormal, Trunk, compute_gae
-
-SCRIPT = Path(ppo_swarm.__file__)
-ROOT = SCRIPT.parent
-PATIENCE = 120  # seconds after which a run counts as hung
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-POLICIES = ("mlp", "gnn", "attention")
-NUM_ENVS, N_AGENTS, NUM_STEPS, NUM_UPDATES = 8, 4, 32, 24
-PER_UPDATE = NUM_ENVS * N_AGENTS * NUM_STEPS  # agent-steps
-SMALL = dict(
-    num_envs=NUM_ENVS,
-    n_agents=N_AGENTS,
-    num_steps=NUM_STEPS,
-    total_timesteps=NUM_UPDATES * PER_UPDATE,
-    eval_episodes=4,
-    eval_every=4 * PER_UPDATE,
-    checkpoint_every=3 * PER_UPDATE,
-    env_kwargs=dict(max_steps=50),  # so that episodes end in the middle of rollouts
-)
-BRIEF = SMALL | dict(total_timesteps=4 * PER_UPDATE, num_minibatches=2, update_epochs=1, eval_episodes=2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Running the script
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def flags(**args):
-    """Command-line flags, as in flags(n_agents=4, share_policy=False)."""
-    words = []
-    for name, value in args.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, dict):
-            words += [f"--{option}", *(str(word) for pair in value.items() for word in pair)]
-        else:
-            words += [f"--{option}", str(value)]
-    return words
-
-
-def folders(cwd):
-    return sorted(path for path in (cwd / "runs").glob("*") if path.is_dir())
-
-
-def contents(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-class Finished:
-    """What a run left behind."""
-
-    def __init__(self, code, output, cwd):
-        self.code, self.output, self.cwd = code, output, cwd
-
-    @property
-    def folder(self):
-        assert len(folders(self.cwd)) == 1, f"one folder expected, not {folders(self.cwd)}\n{self.output}"
-        return folders(self.cwd)[0]
-
-
-class Started:
-    """A run in a process of its own, in a session of its own, as a terminal would start it."""
-
-    def __init__(self, cwd, args, command=(sys.executable, str(SCRIPT)), **popen):
-        self.cwd, self.log = cwd, cwd / f"output-{time.monotonic_ns()}.txt"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *flags(**args)],
-                cwd=cwd,
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **popen,
-            )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    @property
-    def output(self):
-        return self.log.read_text(errors="replace")
-
-    def wait_until(self, condition, what):
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, f"the run ended before {what}:\n{self.output}"
-            assert time.monotonic() < deadline, f"no {what} in {PATIENCE} s:\n{self.output}"
-            time.sleep(0.002)
-
-    def wait_for(self, pattern):
-        """Until a path that matches, inside runs/, exists; returns it."""
-        self.wait_until(lambda: any((self.cwd / "runs").glob(pattern)), pattern)
-        return next((self.cwd / "runs").glob(pattern))
-
-    def kill(self, number):
-        """To the whole group, as Ctrl-C in a terminal does."""
-        os.killpg(self.process.pid, number)
-
-    def finish(self):
-        try:
-            code = self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {PATIENCE} s:\n{self.output}")
-        return Finished(code, self.output, self.cwd)
-
-
-NURSERY = """
-import gc, json, os, runpy, signal, sys
-import matplotlib.backends.backend_agg, matplotlib.figure, moviepy, pygame, torch, torch.utils.tensorboard
-import envs, ppo_swarm
-
-torch.use_deterministic_algorithms(True)  # imports half of torch
-for env_id in sys.argv[1:]:
-    env = envs.make_vec(env_id, 1, num_workers=0)  # loads the kernels
-    env.reset(seed=0)
-    env.step(env.action_space.sample())
-gc.freeze()  # or every child looks through all of torch once more before it ends
-child = None
-while child is None and (line := sys.stdin.readline()):
-    waiting, running, codes = json.loads(line), {}, {}
-    while child is None and (waiting or running):
-        if waiting and len(running) < 2:
-            job = waiting.pop(0)
-            pid = os.fork()
-            if pid == 0:
-                child = job
-            running[pid] = job["log"]
-        else:
-            pid, status = os.wait()
-            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-    if child is None:
-        print(json.dumps(codes), flush=True)
-if child:
-    log = os.open(child["log"], os.O_WRONLY | os.O_CREAT)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
-    signal.alarm(child["patience"])
-    os.chdir(child["cwd"])
-    sys.argv = [child["file"], *child["flags"]]
-    runpy.run_path(child["file"], run_name="__main__")
-"""
-
-
-class Nursery:
-    def __init__(self, folder, env_ids=("Swarm",), script=SCRIPT):
-        self.folder, self.script, self.count = folder, script, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, *env_ids],
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *jobs, probe=None, script=None):
-        """Each job is (cwd, args); returns a Finished for each. `probe` is source executed before the script."""
-        requests, script = [], script or self.script
-        for cwd, args in jobs:
-            self.count += 1
-            cwd.mkdir(parents=True, exist_ok=True)
-            request = dict(cwd=str(cwd), flags=flags(**args), file=str(script), patience=PATIENCE)
-            requests.append(request | dict(log=str(self.folder / f"output-{self.count}.txt")))
-            if probe:
-                requests[-1]["file"] = str(with_probe(probe, self.folder / f"probe-{self.count}.py", script))
-        self.process.stdin.write(json.dumps(requests) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
-        return [
-            Finished(codes[request["log"]], Path(request["log"]).read_text(errors="replace"), cwd)
-            for request, (cwd, _) in zip(requests, jobs, strict=True)
-        ]
-
-    def run_one(self, cwd, probe=None, script=None, **args):
-        return self.run((cwd, args), probe=probe, script=script)[0]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(PATIENCE)
-
-
-def with_probe(probe, path, script=SCRIPT):
-    path.write_text(f"import runpy\n{probe}\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -233,49 +76,9 @@ def nursery(tmp_path_factory):
     nursery.close()
 
 
-def saved(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same_weights(a, b):
-    a, b = saved(a)["model"], saved(b)["model"]
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), f"{name} differs by up to {(a[name] - b[name]).abs().max()}"
-
-
-def curves(folder):
-    """{tag: [(step, value), ...]} of all event files of a run."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def reproducible(curves):
-    """All curves but those that measure time."""
-    return {tag: points for tag, points in curves.items() if not re.search("SPS|seconds", tag)}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Squashed normal
 # ----------------------------------------------------------------------------------------------------------------------
-
-LOW, HIGH = torch.tensor([-3.0, 0.5], dtype=torch.float64), torch.tensor([3.0, 0.75], dtype=torch.float64)
-SCALE, BIAS = (HIGH - LOW) / 2, (HIGH + LOW) / 2
-
-
-def parameters(dtype=torch.float64, shape=(5, 3, 2), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mean, logstd = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-    return mean.to(dtype).requires_grad_(), (0.5 * logstd - 1).to(dtype).requires_grad_()
-
-
-def reference_log_prob(mean, logstd, u):
-    """By torch.distributions; the cached inverse keeps u as it is."""
-    transforms = [TanhTransform(cache_size=1), AffineTransform(BIAS, SCALE, cache_size=1)]
-    squashed = TransformedDistribution(Normal(mean, logstd.exp()), transforms)
-    action = transforms[1](transforms[0](u))
-    return squashed.log_prob(action).sum(-1)
 
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 300.0], ids=lambda spread: f"u up to {spread:g}")
@@ -284,7 +87,7 @@ def test_log_prob_is_that_of_torch_distributions(dtype, tolerance, spread):
     mean, logstd = parameters(dtype)
     u = (spread * torch.linspace(-1, 1, mean.numel(), dtype=torch.float64).view_as(mean)).to(dtype)
     expected = reference_log_prob(mean.double(), logstd.double(), u.double())
-    got = SquashedNormal(mean, logstd, SCALE.to(dtype), BIAS.to(dtype)).log_prob(u)
+    got = SquashedNormal(mean, logstd, LOW.to(dtype), HIGH.to(dtype)).log_prob(u)
     assert got.shape == mean.shape[:-1]
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -293,16 +96,16 @@ def test_log_prob_is_that_of_torch_distributions(dtype, tolerance, spread):
 def test_log_prob_keeps_its_digits_where_tanh_is_1(u):
     mean, logstd = 0.9 * u, math.log(abs(0.1 * u) + 1.0)
     z = (u - mean) / math.exp(logstd)
-    log_slope = 2 * (math.log(2) - np.logaddexp(u, -u)) + math.log(3.0)  # log(1 - tanh(u)^2) = -2 log cosh(u)
-    expected = -0.5 * z**2 - logstd - 0.5 * math.log(2 * math.pi) - log_slope
-    policy = SquashedNormal(*(torch.tensor([x], dtype=torch.float64) for x in (mean, logstd, 3.0, 0.0)))
+    log_det = 2 * (math.log(2) - np.logaddexp(u, -u)) + math.log(3.0)  # log(1 - tanh(u)^2) = -2 log cosh(u)
+    expected = -0.5 * z**2 - logstd - 0.5 * math.log(2 * math.pi) - log_det
+    policy = SquashedNormal(*(torch.tensor([x], dtype=torch.float64) for x in (mean, logstd, -3.0, 3.0)))
     assert policy.log_prob(torch.tensor([u], dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 300.0], ids=lambda spread: f"u up to {spread:g}")
 def test_gradients_of_log_prob_are_those_of_torch_distributions(spread):
     leaves = []
-    for log_prob in (reference_log_prob, lambda mean, logstd, u: SquashedNormal(mean, logstd, SCALE, BIAS).log_prob(u)):
+    for log_prob in (reference_log_prob, lambda mean, logstd, u: SquashedNormal(mean, logstd, LOW, HIGH).log_prob(u)):
         mean, logstd = parameters()
         u = (spread * torch.linspace(-1, 1, mean.numel(), dtype=torch.float64).view_as(mean)).requires_grad_()
         log_prob(mean, logstd, u).sum().backward()
@@ -310,14 +113,6 @@ def test_gradients_of_log_prob_are_those_of_torch_distributions(spread):
     for expected, got in zip(*leaves, strict=True):
         assert torch.isfinite(got).all() and got.abs().max() > 0
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-
-
-def entropy_by_integration(mean, logstd, low, high, points=200_001):
-    """-p log p of one action, summed over its interval; p by torch.distributions."""
-    y = torch.linspace(low, high, points, dtype=torch.float64)[1:-1]
-    transforms = [TanhTransform(), AffineTransform((high + low) / 2, (high - low) / 2)]
-    log_p = TransformedDistribution(Normal(mean, logstd.exp()), transforms).log_prob(y)
-    return -(log_p.exp() * log_p).sum() * (high - low) / (points - 1)
 
 
 @pytest.mark.parametrize("mean, logstd", [(0.0, -2.0), (0.7, -1.0), (-1.5, -0.5), (0.3, 0.0)])
@@ -328,8 +123,8 @@ def test_entropy_estimate_has_the_mean_and_the_gradient_of_the_integral(mean, lo
     exact = entropy_by_integration(mean, logstd, -3.0, 0.5)
     exact_gradient = torch.autograd.grad(exact, (mean, logstd))
     each_mean, each_logstd = (x.detach().expand(count, 1).clone().requires_grad_() for x in (mean, logstd))
-    scale, bias = torch.tensor([1.75], dtype=torch.float64), torch.tensor([-1.25], dtype=torch.float64)
-    estimates = SquashedNormal(each_mean, each_logstd, scale, bias).entropy()
+    low, high = torch.tensor([-3.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    estimates = SquashedNormal(each_mean, each_logstd, low, high).entropy()
     gradient = torch.autograd.grad(estimates.sum(), (each_mean, each_logstd))
     for samples, expected in zip((estimates, *gradient), (exact, *exact_gradient), strict=True):
         error = samples.std().item() / math.sqrt(count)
@@ -342,11 +137,10 @@ def test_squashed_samples_lie_within_the_bounds(low, width, logstd):
     torch.manual_seed(0)
     low, high = np.float32(low), np.float32(low) + np.float32(width)
     low, high = torch.tensor([low]), torch.tensor([high])
-    policy = SquashedNormal(torch.zeros(500, 1), torch.full((500, 1), logstd), (high - low) / 2, (high + low) / 2)
+    policy = SquashedNormal(torch.zeros(500, 1), torch.full((500, 1), logstd), low, high)
     u = torch.cat([policy.sample(), torch.tensor([[-torch.inf], [-50.0], [50.0], [torch.inf]])])
     actions = policy.squash(u)
-    rounding = 2 * torch.finfo(torch.float32).eps * max(abs(low), abs(high))  # of scale, bias and their sum
-    assert actions.min() >= low - rounding and actions.max() <= high + rounding
+    assert actions.min() >= low and actions.max() <= high
     assert actions[-1] == pytest.approx(high.item(), rel=1e-5, abs=1e-5) and actions.std() > 0
 
 
@@ -355,7 +149,7 @@ def test_squashed_samples_of_a_swarm_are_never_outside_its_action_space():
     for max_turn in (math.pi, 1.0, 0.3, 1e-3):
         space = envs.make_vec("Swarm", 1, num_workers=0, max_turn=max_turn).single_action_space
         low, high = torch.tensor(space.low), torch.tensor(space.high)
-        policy = SquashedNormal(torch.zeros(1000, *low.shape), torch.tensor(1.5), (high - low) / 2, (high + low) / 2)
+        policy = SquashedNormal(torch.zeros(1000, *low.shape), torch.tensor(1.5), low, high)
         actions = policy.squash(policy.sample()).numpy()
         assert all(space.contains(action) for action in actions)
         assert space.contains(policy.squash(torch.full(low.shape, torch.inf)).numpy())
@@ -408,7 +202,7 @@ ENDS = {
 @pytest.mark.parametrize("gamma, gae_lambda", [(0.95, 0.95), (1.0, 1.0), (0.9, 0.0)])
 def test_gae_is_the_definition(ends, gamma, gae_lambda):
     batch = rollout()
-    batch["dones"] = torch.zeros(9, 3, dtype=torch.float64)
+    batch["dones"] = torch.zeros(9, 3, 1, dtype=torch.float64)
     for t, env, kind in ends:
         batch["dones"][t, env] = 1
         batch["final_values"][t, env] *= kind == "truncation"
@@ -423,14 +217,14 @@ def test_gae_is_the_definition_for_any_pattern_of_ends(data):
     num_steps, num_envs = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
     batch = rollout(num_steps, num_envs, seed=data.draw(st.integers(0, 99)))
     ends = data.draw(st.lists(st.booleans(), min_size=num_steps * num_envs, max_size=num_steps * num_envs))
-    batch["dones"] = torch.tensor(ends, dtype=torch.float64).view(num_steps, num_envs)
+    batch["dones"] = torch.tensor(ends, dtype=torch.float64).view(num_steps, num_envs, 1)
     expected = gae_by_definition(**batch, gamma=0.97, gae_lambda=0.9)
     torch.testing.assert_close(compute_gae(**batch, gamma=0.97, gae_lambda=0.9), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_after_an_episodes_end_reaches_an_advantage_before_it():
     batch = rollout()
-    batch["dones"] = torch.zeros(9, 3, dtype=torch.float64)
+    batch["dones"] = torch.zeros(9, 3, 1, dtype=torch.float64)
     batch["dones"][4] = 1
     before = compute_gae(**batch, gamma=0.99, gae_lambda=0.95)
     for name in ("rewards", "values", "final_values"):
@@ -443,7 +237,7 @@ def test_nothing_after_an_episodes_end_reaches_an_advantage_before_it():
 
 def test_a_truncation_bootstraps_the_final_value_and_a_termination_cuts_it():
     batch = rollout(num_steps=1, num_envs=2)
-    batch["dones"] = torch.ones(1, 2, dtype=torch.float64)
+    batch["dones"] = torch.ones(1, 2, 1, dtype=torch.float64)
     batch["final_values"][0, 0], batch["final_values"][0, 1] = 10.0, 0.0
     advantages = compute_gae(**batch, gamma=0.5, gae_lambda=0.9)
     own = batch["rewards"] - batch["values"]
@@ -516,7 +310,7 @@ def test_the_run_bootstraps_nothing_that_terminated_even_if_also_cut_off(watched
     for batch in watched_rollouts:
         both += int((batch["terminated"] & batch["truncated"]).sum())
         assert not batch["final_values"][batch["terminated"]].any()
-        assert torch.equal(batch["dones"], (batch["terminated"] | batch["truncated"]).float())
+        assert torch.equal(batch["dones"], (batch["terminated"] | batch["truncated"]).float().unsqueeze(-1))
     assert both > 0
 
 
@@ -532,20 +326,7 @@ def test_the_run_trains_on_the_advantages_of_the_definition(watched_rollouts):
 # Networks
 # ----------------------------------------------------------------------------------------------------------------------
 
-FEATURES, OWN = envs.NEIGHBOR_FEATURES, 3
 message_passing = pytest.mark.parametrize("policy", ["gnn", "attention"])
-
-
-def crowd(batch=2, n_agents=7, n_neighbors=3, presence=0.7, seed=0):
-    """Random observations and neighbours, in float64; nobody is its own neighbour."""
-    rng = np.random.default_rng(seed)
-    obs = rng.normal(size=(batch, n_agents, n_neighbors * FEATURES + OWN))
-    obs[..., FEATURES - 1 : n_neighbors * FEATURES : FEATURES] = rng.random((batch, n_agents, n_neighbors)) < presence
-    neighbors = np.zeros((batch, n_agents, n_neighbors), np.int64)
-    for b in range(batch):
-        for i in range(n_agents):
-            neighbors[b, i] = rng.choice(np.delete(np.arange(n_agents), i), n_neighbors, replace=False)
-    return torch.tensor(obs), torch.tensor(neighbors)
 
 
 def chain(n_agents, n_neighbors=1):
@@ -679,14 +460,6 @@ def test_a_central_critic_sees_the_mean_of_the_swarm_not_its_size():
     network = agent_of(obs, critic="central")
     doubled = network.get_value(torch.cat([obs, obs], dim=1), torch.cat([neighbors, neighbors], dim=1))
     torch.testing.assert_close(doubled[:, :4], network.get_value(obs, neighbors), rtol=1e-12, atol=1e-12)
-
-
-class Spaces:
-    """All that Agent wants to know of an environment."""
-
-    def __init__(self, n_agents, obs_dim):
-        self.single_observation_space = envs.gym.spaces.Box(-1, 1, (n_agents, obs_dim), np.float32)
-        self.single_action_space = envs.gym.spaces.Box(-2, 2, (n_agents, 1), np.float32)
 
 
 def agent_of(obs, **args):
@@ -839,12 +612,6 @@ def test_sps_counts_agent_steps_by_the_clock(finished):
     assert read["charts/SPS"][-1][1] <= NUM_UPDATES * PER_UPDATE / sum(seconds) * 1.001  # evaluations are in it, too
 
 
-def table(output):
-    """{policy: cells} of the printed comparison."""
-    rows = [line.strip("| ").split("|") for line in output.splitlines() if line.startswith("| ")]
-    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
-
-
 def test_the_closing_table_compares_with_vicsek_and_random(finished):
     rows = table(finished.output)
     assert list(rows)[1:] == ["ppo_swarm", "vicsek", "random"]
@@ -891,7 +658,7 @@ def test_half_a_million_steps_of_the_default_command_are_enough_to_beat_vicsek(n
     for seed in range(3):  # the untrained ones fly straight on, more or less
         torch.manual_seed(seed)
         untrained = Agent(Args(), envs.make_vec("Swarm", 1, 0)).make_policy
-        before, _, _ = envs.evaluate(untrained, "Swarm", 100, ppo_swarm.TEST_SEED)
+        before, _, _ = envs.evaluate(untrained, "Swarm", 100, envs.TEST_SEED)
         assert (before["r"] / before["l"]).mean() < 0.55
 
 
@@ -908,22 +675,6 @@ def test_capture_video_records_the_start_and_every_new_best(nursery, tmp_path):
     assert len(videos) == 2, videos  # before the first update, and after the last, the only evaluation
     for name in videos:
         assert len(decoded(result.folder / name)) > 10
-
-
-RATIOS = """
-import atexit, json, torch
-ratios, clamp = [], torch.Tensor.clamp
-
-def recorded(self, *bounds, **named):
-    if len(bounds) == 2:  # ratio.clamp(1 - clip_coef, 1 + clip_coef)
-        ratios.append(float((self.detach() - 1).abs().max()))
-    if len(ratios) == 12 * 8:
-        raise SystemExit
-    return clamp(self, *bounds, **named)
-
-torch.Tensor.clamp = recorded
-atexit.register(lambda: json.dump(ratios, open("ratios.json", "w")))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -969,11 +720,6 @@ def test_another_seed_gives_other_weights(finished, strangers):
     assert_other_weights(finished.own / "model.pt", strangers.new / "model.pt")
 
 
-def assert_other_weights(a, b):
-    a, b = saved(a)["model"], saved(b)["model"]
-    assert not any(torch.equal(a[name], b[name]) for name in a if name.endswith("weight"))
-
-
 def test_the_number_of_workers_changes_nothing(nursery, tmp_path):
     args = SMALL | dict(total_timesteps=8 * PER_UPDATE)
     runs = nursery.run(*((tmp_path / str(count), args | dict(num_workers=count)) for count in (0, 2)))
@@ -985,20 +731,6 @@ def test_the_number_of_workers_changes_nothing(nursery, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Interrupted runs
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def replaced(folder, times):
-    """A condition: checkpoint.pt has been written anew so many times since the first look."""
-    seen = []
-
-    def look():
-        path = folder / "checkpoint.pt"
-        number = path.stat().st_mtime_ns if path.exists() else None
-        if number is not None and number not in seen:
-            seen.append(number)
-        return len(seen) > times
-
-    return look
 
 
 @pytest.fixture(scope="module")
@@ -1039,14 +771,6 @@ def test_a_run_killed_at_three_moments_ends_with_identical_weights(killed, finis
 
 def test_a_run_killed_at_three_moments_has_identical_curves(killed, finished):
     assert_same_curves(killed.folder, finished.own)
-
-
-def assert_same_curves(a, b):
-    """Point for point: none lost, none twice."""
-    a, b = reproducible(curves(a)), reproducible(curves(b))
-    assert a.keys() == b.keys()
-    for tag in a:
-        assert a[tag] == b[tag], tag
 
 
 @pytest.fixture(scope="module")
@@ -1299,67 +1023,11 @@ def test_a_model_that_cannot_be_used_is_refused_by_name_and_nothing_starts(refus
     assert not folders(cwd) and not (cwd / "created").exists()
 
 
-def error_of(output):
-    """The message of the exception that ended a run."""
-    lines = output.splitlines()
-    starts = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)]
-    return "\n".join(lines[starts[-1] :]) if starts else ""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # torchrun
 # ----------------------------------------------------------------------------------------------------------------------
 
-RANKS = """
-import hashlib, os, torch, torch.distributed as dist, envs
-rank, trace = os.environ["RANK"], {"weights": [], "observations": []}
-adam_step, all_reduce, make_vec = torch.optim.Adam.step, dist.all_reduce, envs.make_vec
-
-def hashed(array):
-    return hashlib.sha256(array.tobytes()).hexdigest()
-
-def step(self, *args, **kwargs):
-    parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-    if not trace["weights"]:
-        trace["seed"] = torch.initial_seed() % 2**32  # all that torch's generator on the CPU reads of it
-        trace["used"] = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    result = adam_step(self, *args, **kwargs)
-    trace["weights"].append(hashed(torch.cat([p.detach().flatten() for p in parameters]).numpy()))
-    torch.save(trace, f"trace-{rank}.pt")
-    return result
-
-def reduce(tensor, *args, **kwargs):
-    if tensor.numel() > 100 and "own" not in trace:
-        trace["own"] = tensor.clone()
-    return all_reduce(tensor, *args, **kwargs)
-
-def make(*args, **kwargs):
-    made = make_vec(*args, **kwargs)
-    reset, step = made.reset, made.step
-    def watched_reset(**kwargs):
-        result = reset(**kwargs)
-        trace["observations"].append(hashed(result[0]))
-        return result
-    def watched_step(actions):
-        result = step(actions)
-        trace["observations"].append(hashed(result[0]))
-        return result
-    made.reset, made.step = watched_reset, watched_step
-    envs.make_vec = make_vec
-    return made
-
-torch.optim.Adam.step, dist.all_reduce, envs.make_vec = step, reduce, make
-"""
 TORCHRUN = SMALL | dict(total_timesteps=12 * 2 * PER_UPDATE, checkpoint_every=2 * 2 * PER_UPDATE, max_grad_norm=1e9)
-
-
-def torchrun(cwd, args, probe, script=SCRIPT):
-    file = with_probe(probe, cwd / "launch.py", script)
-    return Started(
-        cwd,
-        args,
-        (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -1488,7 +1156,7 @@ BAD_ARGUMENTS = {
     **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm"), (0.0, -1.0, math.nan, math.inf)),
     **dict.fromkeys(("ent_coef", "vf_coef", "init_logstd"), (math.nan, math.inf)),
     "target_kl": (-0.1, 0.0, math.nan),
-    "seed": (-1, ppo_swarm.VALIDATION_SEED, ppo_swarm.TEST_SEED),
+    "seed": (-1, envs.VALIDATION_SEED, envs.TEST_SEED),
 }
 
 

@@ -1,7 +1,7 @@
 """ppo_swarm_lstm.py keeps its promises about memory; all that it has in common with ppo_swarm.py is tested there.
 
 The networks are laid beside a literal LSTM, one number after the other: a loop over environments, agents and steps.
-Whole runs are made as in test_ppo_swarm.py, from which their machinery comes.
+How whole runs are started and read is in running.py.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ppo_swarm import (
+from running import (
     BRIEF,
     ENVIRONMENT,
     NUM_STEPS,

@@ -9,9 +9,9 @@ import json
 
 import numpy as np
 import pytest
+from running import PER_UPDATE, ROOT, SMALL, Nursery
 from test_async_ppo import ASYNC, QUICK
 from test_grpo import SMALL as GRPO
-from test_ppo_swarm import PER_UPDATE, ROOT, SMALL, Nursery
 
 PROBE = (
     QUICK
