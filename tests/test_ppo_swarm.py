@@ -42,7 +42,6 @@ from running import (
     ROOT,
     SCRIPT,
     SMALL,
-    Nursery,
     Spaces,
     Started,
     assert_other_weights,
@@ -55,6 +54,7 @@ from running import (
     error_of,
     flags,
     folders,
+    nursery_of,
     parameters,
     reference_log_prob,
     replaced,
@@ -69,12 +69,7 @@ import envs
 import ppo_swarm
 from ppo_swarm import Agent, Args, Linear, SquashedNormal, Trunk, compute_gae
 
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+nursery = nursery_of("Swarm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -668,6 +663,27 @@ def test_a_saved_model_holds_its_arguments_and_loads_without_running_code(finish
     assert content["score"] == pytest.approx(max(score for _, score in curves(finished.own)["eval/r"]), rel=1e-6)
     assert content["args"]["n_agents"] == N_AGENTS and content["args"]["env_kwargs"] == {"max_steps": 50}
     assert all(torch.isfinite(tensor).all() for tensor in content["model"].values())
+
+
+def test_a_checkpoint_holds_the_run_so_far_and_loads_without_running_code(twins):
+    content = saved(twins[0].cwd / "checkpoint.pt")
+    assert set(content) == {"args", "step", "ranks", "model", "optimizer"}
+    assert content["args"] == saved(twins[0].own / "model.pt")["args"]
+    assert content["step"] == 3 * PER_UPDATE and [set(own) for own in content["ranks"]] == [{"rng", "envs"}]
+
+
+def test_every_evaluation_prints_its_means_and_says_which_was_the_best_so_far(finished):
+    read, best = curves(finished.own), -math.inf
+    line = r"step ([\d,]+): held-out return (\S+), (\S+) a step, length (\d+)(, the best so far)?"
+    printed = re.findall(line, finished.output)
+    assert len(printed) == len(read["eval/r"]) == NUM_UPDATES // 4
+    for (step, score, per_step, length, said), (at, r), (_, steps) in zip(
+        printed, read["eval/r"], read["eval/l"], strict=True
+    ):
+        assert (int(step.replace(",", "")), int(length)) == (at, steps)
+        assert float(score) == pytest.approx(r, abs=0.006) and float(per_step) == pytest.approx(r / steps, abs=6e-4)
+        assert bool(said) == (r > best)
+        best = max(best, r)
 
 
 def test_capture_video_records_the_start_and_every_new_best(nursery, tmp_path):

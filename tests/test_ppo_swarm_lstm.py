@@ -26,7 +26,6 @@ from running import (
     RATIOS,
     ROOT,
     SMALL,
-    Nursery,
     Spaces,
     assert_same_curves,
     assert_same_weights,
@@ -35,6 +34,7 @@ from running import (
     curves,
     flags,
     folders,
+    nursery_of,
     saved,
     table,
     torchrun,
@@ -358,16 +358,7 @@ def test_evaluations_do_not_remember_each_other():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class LstmNursery(Nursery):
-    def __init__(self, folder):
-        super().__init__(folder, ("LidarNavigation", "VmasNavigation", "Swarm"), SCRIPT)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = LstmNursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+nursery = nursery_of("LidarNavigation", "VmasNavigation", "Swarm", script=SCRIPT)
 
 
 STAGGERED = """
