@@ -619,7 +619,7 @@ def test_a_bad_argument_is_named_with_its_value(env_id, name, value):
 @native
 def test_an_unknown_argument_is_named(env_id, make):
     name = CASES[env_id].unknown_argument
-    with pytest.raises(ValueError, match=f"^{name} is 3: {env_id} has no such argument, but "):
+    with pytest.raises(TypeError, match=f"^{name} is 3: {env_id} has no such argument, but "):
         make(env_id, 1, **{name: 3})
 
 
