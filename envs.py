@@ -2826,7 +2826,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             self.returns[i] = 0.0
             self.lengths[i] = 0
         if seed is not None:
-            _seed_globals(env_seed, self.first_env)  # after a start alike, other draws on every worker
+            _seed_globals(self.first_env + 1, env_seed)  # after a start alike, other draws on every worker
         self._check_finite("observations")
         self.started = True
         return self.buffers["observations"].copy(), {}
