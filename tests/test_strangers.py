@@ -21,6 +21,7 @@ import pytest
 import envs
 
 ROOT = Path(envs.__file__).parent
+HERE = os.getpid()
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc")
 
 
@@ -63,6 +64,11 @@ class Strange(gym.Env):
         if self.count == 3:
             observation, reward = self.do(observation, reward)
         return observation, reward, False, self.count == 5, {}
+
+    def close(self):
+        if self.process is not None and os.getpid() == HERE:  # on workers, it forgets to
+            self.process.kill()
+            self.process.wait() if self.act == "program" else self.process.join()
 
     def do(self, observation, reward):
         """(observation, reward) of the third step."""
