@@ -3144,7 +3144,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             self.returns[i] = 0.0
             self.lengths[i] = 0
         if seed is not None:
-            _seed_globals(env_seed, self.first_env)  # after a start alike, other draws on every worker
+            _seed_globals(self.first_env + 1, env_seed)  # after a start alike, other draws on every worker
         self._check_finite("observations")
         self.buffers["terminations"][...] = False
         self.buffers["truncations"][...] = False
@@ -3699,7 +3699,12 @@ class StreamPool:
     def _wait(self):
         """Until a worker has filled a buffer, failed or died, but for CHECK_SECONDS at most."""
         ready = multiprocessing.connection.wait(self.channels.values(), CHECK_SECONDS)
-        dead = [worker for worker, process in self.processes.items() if process.exitcode is not None]
+        # The channel of one that died does not break while a process that its environments started is there.
+        dead = [
+            worker
+            for worker, process in self.processes.items()
+            if process.exitcode is not None and self.channels[worker] not in ready
+        ]
         for worker in [worker for worker, channel in self.channels.items() if channel in ready]:
             try:
                 message = self.channels[worker].recv()
@@ -3710,9 +3715,8 @@ class StreamPool:
                 raise RuntimeError(f"worker {worker} failed:\n{message}")
             slot, version = message
             self.arrived.append((worker, slot, version))
-        for worker in dead:  # its channel does not break while a process that its environments started is there
-            if self.channels[worker] not in ready:
-                self._replace(worker)
+        for worker in dead:
+            self._replace(worker)
 
     def _fork(self, worker):
         self.channels[worker], channel = multiprocessing.Pipe()
