@@ -11,6 +11,11 @@ import envs
 def learn(client, agent, policy, value_input, timesteps=70):
     network = [{"name": "net", "input": "OBSERVATIONS", "layers": [16], "activations": "tanh"}]
     critic = [network[0] | {"input": value_input}]
+    # skrl 2.1.1 takes no empty kwargs for several agents, not even its own defaults.
+    kwargs = {"learning_rate_scheduler": "KLAdaptiveLR", "learning_rate_scheduler_kwargs": {"kl_threshold": 0.01}}
+    for name in ("observation", "state", "value"):
+        kwargs[f"{name}_preprocessor"] = "RunningStandardScaler"
+        kwargs[f"{name}_preprocessor_kwargs"] = {"epsilon": 1e-8}
     config = {
         "seed": 1,
         "models": {
@@ -25,12 +30,14 @@ def learn(client, agent, policy, value_input, timesteps=70):
             "mini_batches": 2,
             "learning_epochs": 1,
             "experiment": {"write_interval": 0, "checkpoint_interval": 0},
+            **(kwargs if agent == "MAPPO" else {}),
         },
         "trainer": {
             "class": "SequentialTrainer",
             "timesteps": timesteps,
             "disable_progressbar": True,
             "close_environment_at_exit": False,
+            "headless": isinstance(client.unwrapped, gym.vector.VectorEnv),  # it would call a method of SyncVectorEnv
         },
     }
     runner = Runner(client, config)
