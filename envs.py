@@ -184,6 +184,7 @@ def make_vec(
 
 
 def _make_slice(make_envs, autoreset_mode, episode_info, num_envs, first_env=0):
+    """`make_envs`, with what no class of environments has to know when it is made."""
     envs = make_envs(num_envs, first_env=first_env)
     envs.autoreset_mode = autoreset_mode
     envs.metadata = envs.metadata | {"autoreset_mode": autoreset_mode}
@@ -260,7 +261,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     - declares its spaces to `__init__`;
     - sets `state`, a NamedTuple of arrays (num_envs first) that holds all the future depends on, among them `rng`
-      (num_envs, 2);
+      (num_envs, 2); if they are views of something, as a property, because copying an object parts views from arrays;
     - names in `start_shapes` the arrays that a start may be given as, with their shapes, and in `start_bounds` those
       that have bounds, {name: (low, high)};
     - has `restart(start)` (new episodes), `observe()` (state to buffers), `advance(actions)` (one step, into buffers)
@@ -327,21 +328,20 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     def proceed(self, actions):
         """`advance` in the present autoreset mode."""
-        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+        if self.autoreset_mode is AutoresetMode.SAME_STEP or not np.count_nonzero(self._ended()):
             self.advance(actions)
             return
-        # An environment that ended in the last step has been reset, and has only to stand still now. The kernels step
-        # all of them, so it is put back to where it was.
+        # What ended in the last step has been reset, and stands still now. The kernels step the whole batch, so these
+        # environments are put back afterwards.
         ended = np.flatnonzero(self._ended())
         state = self.state
         starts = [array[ended] for array in state]
         self.advance(actions)
-        if len(ended):
-            for array, start in zip(state, starts, strict=True):
-                array[ended] = start
-            self.observe()
-            for name in ("rewards", "terminations", "truncations"):
-                self.buffers[name][ended] = 0
+        for array, start in zip(state, starts, strict=True):
+            array[ended] = start
+        self.observe()
+        for name in ("rewards", "terminations", "truncations"):
+            self.buffers[name][ended] = 0
 
     def get_state(self):
         """All that the future depends on, as a dict of arrays, num_envs first."""
@@ -3102,7 +3102,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
                     raise
                 raise ValueError(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
         self.spec = self.envs[0].spec
-        self.metadata = {**self.envs[0].metadata, "autoreset_mode": self.autoreset_mode}
+        self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space
         if not isinstance(space, gym.spaces.Box):
@@ -3899,6 +3899,9 @@ class NativeEnv(gym.Env):
         return observations[0], rewards[0].tolist(), bool(terminations[0]), bool(truncations[0]), info
 
     def render(self):
+        if self.render_mode is None:  # no error in Gymnasium either: skrl calls it in every step
+            gym.logger.warn("render_mode is None: nothing is drawn without 'rgb_array' or 'human'")
+            return None
         pictures = self.envs.render()
         return None if pictures is None else pictures[0]
 
@@ -3924,7 +3927,7 @@ def _register(name, reward_threshold, **kwargs):
         )
 
 
-# A return from which on Gymnasium calls its lander solved; it is also what SparseLunarLander gives for coming to rest.
+# From a return of 200 on, Gymnasium calls its lander solved; SparseLunarLander gives as much for coming to rest.
 _register("LunarLander", 200.0, env_id="LunarLander")
 _register("LunarLanderContinuous", 200.0, env_id="LunarLander", continuous=True)
 _register("DenseLunarLander", 200.0, env_id="DenseLunarLander")
@@ -3960,7 +3963,7 @@ def parallel_env(env_id, render_mode=None, **env_kwargs):
             self.observation_spaces = self.by_agent(map(gym.spaces.Box, observations.low, observations.high))
             self.action_spaces = self.by_agent(map(gym.spaces.Box, actions.low, actions.high))
 
-        def __reduce__(self):  # pickle does not find a class in a function
+        def __reduce__(self):  # pickle would not find a class inside a function
             return partial(parallel_env, env_id, render_mode, **env_kwargs), (), self.__dict__
 
         def observation_space(self, agent):
@@ -4000,14 +4003,15 @@ def parallel_env(env_id, render_mode=None, **env_kwargs):
                 return {}, {}, {}, {}, {}  # nobody is left, and nobody acts
             if agents and set(actions) != set(agents):
                 raise ValueError(f"actions are for {list(actions)}: they must be for {agents}")
-            self.observations, rewards, *ends, info = self.env.step([self.flat(actions, agent) for agent in agents])
+            actions = [self.action_of(agent, actions) for agent in agents]
+            self.observations, rewards, *ends, info = self.env.step(actions)
             if any(ends):
                 self.agents = []
             ends = [dict.fromkeys(agents, end) for end in ends]
             observations = self.by_agent(self.observations.copy())
             return observations, self.by_agent(rewards), *ends, self.infos_by_agent(info)
 
-        def flat(self, actions, agent):
+        def action_of(self, agent, actions):
             shape = self.action_spaces[agent].shape
             try:
                 return np.reshape(actions[agent], shape)
@@ -5989,7 +5993,7 @@ class LunarLander(NativeVectorEnv):
         self.scratch = np.zeros(1, LANDER_SCRATCH)
 
     @property
-    def state(self):  # not kept: in a copy of this object the views would be arrays of their own
+    def state(self):  # a property, because these are views
         return LanderState(*(self.landers[name] for name in LANDER_STATE.names))
 
     def restart(self, start):
