@@ -2280,7 +2280,7 @@ def _contestants(policies, env_id, env_kwargs):
     return entries | opponents
 
 
-def film(policies, env_id, seed, path, /, captions=None, **env_kwargs):
+def film(policies, env_id, seed, path, captions=None, /, **env_kwargs):
     """A video of the first episode of each of `policies` {name: make_policy} and of the baselines, side by side.
 
     captions {name: text} stand beside the names. Where no picture can be drawn or written, it says so, and why.
@@ -2614,7 +2614,7 @@ def _policies(name, make_policy):
 
 def _film_comparison(name, make_policy, scores, env_id, env_kwargs, folder):
     captions = {contestant: f"{score:.1f}" for contestant, score in scores.items()}
-    film({name: make_policy}, env_id, TEST_SEED, folder / "eval.mp4", captions=captions, **env_kwargs)
+    film({name: make_policy}, env_id, TEST_SEED, folder / "eval.mp4", captions, **env_kwargs)
 
 
 class _EventFile:
