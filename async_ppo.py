@@ -465,7 +465,9 @@ if __name__ == "__main__":
                 raise
         else:
             observations = collect(agent, envs, observations, generator, fragment)
-            owners, fragments, lags = [0], [fragment], [0]
+            owners = [0]
+            fragments = [fragment]
+            lags = [0]
         update_start = time.time()
         data = {}  # (num_steps, num_envs, ...) each, obs one step more
         for name in fragments[0]:
