@@ -729,6 +729,7 @@ def test_help_explains_what_is_new(nursery, tmp_path):
     shown = " ".join(re.sub("[│╭╰╮╯─]", " ", result.output).split())
     comment = re.search(r"share_lstm: bool = False  # (.*)", SCRIPT.read_text())[1]
     assert result.code == 0 and "--share-lstm" in shown and comment in shown
+    assert max(len(line) for line in result.output.splitlines()) <= 120
 
 
 # ----------------------------------------------------------------------------------------------------------------------
