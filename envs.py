@@ -2525,10 +2525,12 @@ class Run:
         if self.rank == 0:
             self.progress.close()
             if self.step < self.total_steps:
+                self.writer.close()
                 where = f"{self.step:,} of {self.args['total_timesteps']:,}"
                 print(f"stopped at {where}; the same command goes on from there: {self.folder}")
             else:
                 self._conclude(agent)
+            unlock(self.folder)
         if self.world_size > 1:
             dist.barrier()  # torchrun ends all if one fails, even on its way out: rank 0 has to have written its files
             dist.destroy_process_group()
@@ -2627,8 +2629,11 @@ def load(path):
         raise ValueError(f"{path} is damaged, or not a file of these scripts: {error!r}") from error
 
 
+_locks = {}  # of this process, {folder: descriptor}
+
+
 def lock(folder):
-    """Whether this process is now the one in a run's folder; the lock goes when it ends, however it ends."""
+    """Whether this process is now the one in a run's folder: until `unlock`, or until it ends, however it ends."""
     import fcntl  # not on Windows
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -2637,9 +2642,22 @@ def lock(folder):
     except BlockingIOError:
         os.close(descriptor)
         return False
-    owner = os.getpid()  # whose children close their copy, or one that outlives it would keep the lock
-    os.register_at_fork(after_in_child=lambda: os.getppid() == owner and os.close(descriptor))
+    _locks[folder] = descriptor
     return True
+
+
+def unlock(folder):
+    os.close(_locks.pop(folder))
+
+
+def _forget_locks():
+    """In a child: close its copies, or one that outlives this process would keep the lock."""
+    for folder in [*_locks]:
+        unlock(folder)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def open_run(args, world_size):
