@@ -7,7 +7,6 @@ workers do is in test_stream_pool.py.
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -414,35 +413,6 @@ def test_whatever_the_delays_a_fragment_is_of_the_policy_it_says_and_that_is_not
             versions.append(as_vector(agent))
 
 
-def test_a_slow_actor_holds_up_nobody_and_what_it_brings_too_late_is_thrown_away():
-    with acting(3, 3, pause=0.0005, slow_pause=0.1) as (agent, actors):  # 1.2 s for a slow fragment, 6 ms for another
-        slow = next(i for i, process in actors.processes.items() if int(process.name.split("-")[-1]) % 3 == 1)
-        start, owners = time.time(), []
-        for version in range(1, 41):
-            taken = actors.take(3)
-            owners += [owner for owner, _, _ in taken]
-            assert max(lag for *_, lag in taken) <= 3
-            learn(agent, actors, version)
-        seconds = time.time() - start
-        assert owners.count(slow) <= 4 and min(owners.count(i) for i in range(3) if i != slow) >= 30
-        assert seconds < 0.3 * 40 * 1.2
-        version, deadline = 40, time.time() + 30
-        while not actors.discarded:  # the first slow fragment was begun with version 0
-            assert time.time() < deadline
-            actors.take(3)
-            version += 1
-            learn(agent, actors, version)
-
-
-def test_without_a_lag_every_actor_brings_one_fragment_to_every_update():
-    with acting(3, 0, pause=0.0005, slow_pause=0.005) as (agent, actors):
-        for version in range(1, 11):
-            taken = actors.take(3)
-            assert sorted(owner for owner, _, _ in taken) == [0, 1, 2] and {lag for *_, lag in taken} == {0}
-            learn(agent, actors, version)
-        assert actors.discarded == 0
-
-
 def test_actors_live_in_worlds_of_their_own_and_draw_actions_of_their_own():
     with acting(3, 0) as (_, actors):
         taken = actors.take(3)
@@ -473,60 +443,6 @@ def test_who_replaces_a_dead_actor_gets_its_free_fragments_and_a_world_of_its_ow
         assert max_lag > 0 or [owner for owner, _ in later].count(0) == 8
         assert not before & {observations for _, observations in later}
     assert f"worker process {dead.pid} died, with exit code -9" in capsys.readouterr().out
-
-
-def test_an_actor_that_dies_before_its_first_order_is_replaced_as_any_other(monkeypatch, capsys):
-    Process = multiprocessing.context.ForkProcess
-    start, born = Process.start, []
-
-    def stillborn(self):
-        start(self)
-        born.append(self)
-        if len(born) == 3:  # the first to be replaced
-            self.kill()
-            self.join()
-
-    with acting(2, 0) as (agent, actors):
-        born += actors.processes.values()
-        monkeypatch.setattr(Process, "start", stillborn)
-        actors.take(2)
-        os.kill(actors.processes[0].pid, signal.SIGKILL)
-        actors.processes[0].join()
-        learn(agent, actors, 1)
-        assert sorted(owner for owner, _, _ in actors.take(2)) == [0, 1]
-        assert len(born) == 4 and not born[2].is_alive()
-    assert capsys.readouterr().out.count("another takes its place") == 2
-
-
-def test_what_a_dead_actor_left_is_kept_from_who_replaces_it_until_it_is_released():
-    with acting(1, 1) as (agent, actors):
-        time.sleep(0.5)  # both of its fragments are full
-        os.kill(actors.processes[0].pid, signal.SIGKILL)
-        actors.processes[0].join()
-        actors.take(1)
-        learn(agent, actors, 1)
-        taken = actors.take(2)  # the other, and one of the new actor's
-        copies = [fragment["obs"].copy() for _, fragment, _ in taken]
-        time.sleep(0.3)
-        assert taken[0][1] is not taken[1][1] and not (copies[0] == copies[1]).all()
-        for (_, fragment, _), before in zip(taken, copies, strict=True):
-            assert (fragment["obs"] == before).all()
-
-
-@pytest.mark.parametrize("seconds", [60.0, 0.0])
-def test_only_deaths_in_quick_succession_end_the_run(monkeypatch, seconds):
-    monkeypatch.setattr(envs, "DEATH_SECONDS", seconds)
-    with acting(2, 0) as (agent, actors):
-        for death in range(1, 6):
-            os.kill(actors.processes[death % 2].pid, signal.SIGKILL)
-            actors.processes[death % 2].join()
-            learn(agent, actors, death)
-            if seconds and death == 3:
-                with pytest.raises(RuntimeError, match="died, with exit code -9: the last of 3 within 60 seconds"):
-                    actors.take(2)
-                return
-            actors.take(2)
-        assert seconds == 0.0 and death == 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -954,6 +870,57 @@ def test_an_environment_that_raises_is_shown_with_its_own_traceback_and_leaves_n
     assert 'raise ArithmeticError("the moon is made of cheese")' in result.output
     assert len(pids) == 2 and not any(map(alive, pids))
     assert (result.folder / "checkpoint.pt").exists()
+
+
+ONE_PROCESS = (
+    QUICK
+    + """
+import contextlib, gc, json, os, runpy, signal, sys
+
+def held():
+    gc.collect()
+    descriptors = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # of the one that lists them
+            descriptors.append(os.readlink(f"/proc/self/fd/{number}"))
+    with open("/proc/self/maps") as maps, open("/proc/self/task/%d/children" % os.getpid()) as children:
+        shared = sum("/dev/zero" in line for line in maps)
+        return sorted(descriptors), shared, children.read(), len(os.listdir("/proc/self/task"))
+
+def run(seed):
+    sys.argv = [*ARGV, "--seed", str(seed)]
+    runpy.run_path(SCRIPT, run_name="__main__")
+
+def stop(self, step, scalars):
+    log(self, step, scalars)
+    if step == 3 * PER_UPDATE:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+ARGV, found, log = [SCRIPT, *sys.argv[1:]], [], envs.Run.log
+for seed in range(5):
+    run(seed)
+    found.append(held())
+envs.Run.log = stop
+run(5)
+found.append(held())
+envs.Run.log = log
+run(5)
+found.append(held())
+json.dump(found, open("found.json", "w"))
+"""
+)
+
+
+def test_runs_in_one_process_leave_nothing_in_it_and_a_stopped_one_goes_on_there(nursery, tmp_path):
+    names = f"SCRIPT, PER_UPDATE = {str(SCRIPT)!r}, {PER_UPDATE}\n"
+    (tmp_path / "one_process.py").write_text(names + ONE_PROCESS)
+    result = nursery.run_one(tmp_path, script=tmp_path / "one_process.py", **ASYNC)
+    assert result.code == 0, result.output
+    first, *later = json.loads((tmp_path / "found.json").read_text())
+    assert later == [first] * 6 and first[1:3] == [0, ""]
+    assert f"stopped at {3 * PER_UPDATE:,}" in result.output and f"resumed at {3 * PER_UPDATE:,}" in result.output
+    assert len(folders(tmp_path)) == 6
+    assert all(steps_of(folder) == ALL_STEPS for folder in folders(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
