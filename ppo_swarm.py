@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 2 ppo_swarm.py    data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
-Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv 2011.09533), `--critic
-central` MAPPO (arXiv 2103.01955), whose critic pools over the swarm and so takes any number of agents. How it departs
-from CleanRL's ppo_continuous_action.py:
+Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv 2011.09533),
+`--critic central` MAPPO (arXiv 2103.01955), whose critic pools over the swarm and so takes any number of agents. How
+it departs from CleanRL's ppo_continuous_action.py:
 
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.

@@ -201,6 +201,18 @@ class Nursery:
         self.process.wait(PATIENCE)
 
 
+def nursery_of(*env_ids, script=SCRIPT):
+    """A fixture: one nursery for all tests of a module."""
+
+    @pytest.fixture(scope="module")
+    def nursery(tmp_path_factory):
+        nursery = Nursery(tmp_path_factory.mktemp("nursery"), env_ids, script)
+        yield nursery
+        nursery.close()
+
+    return nursery
+
+
 def with_probe(probe, path, script=SCRIPT):
     path.write_text(f"import runpy\n{probe}\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
     return path

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from running import PER_UPDATE, ROOT, SMALL, Nursery, Started, assert_same_weights, saved
+from running import PER_UPDATE, ROOT, SMALL, Started, assert_same_weights, nursery_of, saved
 from test_async_ppo import ASYNC
 from test_grpo import SMALL as GRPO
 
@@ -31,11 +31,7 @@ RUNS = {  # script and arguments
 }
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"), ("Swarm", "DenseLunarLander"))
-    yield nursery
-    nursery.close()
+nursery = nursery_of("Swarm", "DenseLunarLander")
 
 
 @gpu

@@ -5,6 +5,7 @@ How runs are started and read is in running.py.
 
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,6 @@ from running import (
     ROOT,
     SCRIPT,
     SMALL,
-    Nursery,
     Spaces,
     Started,
     assert_other_weights,
@@ -54,6 +54,7 @@ from running import (
     error_of,
     flags,
     folders,
+    nursery_of,
     parameters,
     reference_log_prob,
     replaced,
@@ -68,12 +69,7 @@ import envs
 import ppo_swarm
 from ppo_swarm import Agent, Args, Linear, SquashedNormal, Trunk, compute_gae
 
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+nursery = nursery_of("Swarm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -564,8 +560,7 @@ def test_tensorboard_has_all_tags(finished):
     for metric in envs.Swarm.stat_names[2:]:
         assert {f"episode/{metric}", f"eval/{metric}"} <= tags
     assert any("rollout" in tag for tag in tags) and any("update" in tag for tag in tags)
-    for policy in ("ppo_swarm", "vicsek", "random"):
-        assert any(tag.endswith(f"/{policy}") for tag in tags)
+    assert {f"test/{policy}" for policy in ("ppo_swarm", "sampled", "vicsek", "random")} <= tags
 
 
 def test_tensorboard_holds_no_nan(finished):
@@ -614,7 +609,7 @@ def test_sps_counts_agent_steps_by_the_clock(finished):
 
 def test_the_closing_table_compares_with_vicsek_and_random(finished):
     rows = table(finished.output)
-    assert list(rows)[1:] == ["ppo_swarm", "vicsek", "random"]
+    assert list(rows)[1:] == ["ppo_swarm", "sampled", "vicsek", "random"]
     header = rows.pop(next(iter(rows)))
     assert "polar_order" in header and all(len(cells) == len(header) for cells in rows.values())
     for cells in rows.values():
@@ -628,24 +623,24 @@ def test_the_plot_opens(finished):
         assert len(plot.convert("RGB").getcolors(10**6)) > 10
 
 
-def decoded(path):
-    """Frames (steps, height, width, 3) of a video, captions cut off, as integers."""
+def decoded(path, panels=1):
+    """Frames (steps, height, width, 3) of a video of so many square panels, captions cut off, as integers."""
     reader = imageio_ffmpeg.read_frames(str(path))
     width, height = next(reader)["size"]
     frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    return np.array(frames).astype(int)[:, height - width // 3 :]
+    return np.array(frames).astype(int)[:, height - width // panels :]
 
 
-def test_the_video_shows_three_swarms_that_start_alike_and_go_their_own_ways(finished):
-    frames = decoded(finished.own / "eval.mp4")
+def test_the_video_shows_four_swarms_that_start_alike_and_go_their_own_ways(finished):
+    frames = decoded(finished.own / "eval.mp4", panels=4)
     assert abs(len(frames) - 50) <= 1  # a frame for each step of the episode
     shown = next(imageio_ffmpeg.read_frames(str(finished.own / "eval.mp4")))
     assert shown["fps"] == envs.Swarm.metadata["render_fps"]
-    panels = np.split(frames, 3, axis=2)
+    panels = np.split(frames, 4, axis=2)
     for panel in panels:
         assert np.abs(panel[0] - panel[len(panel) // 2]).max() > 100  # agents have moved
         assert (panel < 128).any() and (panel > 250).mean() > 0.5  # dark figures on white ground
-    for a, b in ((0, 1), (0, 2), (1, 2)):
+    for a, b in itertools.combinations(range(4), 2):
         assert np.abs(panels[a][-1] - panels[b][-1]).max() > 100
         assert np.abs(panels[a][0] - panels[b][0]).mean() < np.abs(panels[a][-1] - panels[b][-1]).mean()
 
@@ -664,9 +659,31 @@ def test_half_a_million_steps_of_the_default_command_are_enough_to_beat_vicsek(n
 
 def test_a_saved_model_holds_its_arguments_and_loads_without_running_code(finished):
     content = saved(finished.own / "model.pt")
-    assert set(content) == {"args", "model"}
+    assert set(content) == {"args", "model", "score"}
+    assert content["score"] == pytest.approx(max(score for _, score in curves(finished.own)["eval/r"]), rel=1e-6)
     assert content["args"]["n_agents"] == N_AGENTS and content["args"]["env_kwargs"] == {"max_steps": 50}
     assert all(torch.isfinite(tensor).all() for tensor in content["model"].values())
+
+
+def test_a_checkpoint_holds_the_run_so_far_and_loads_without_running_code(twins):
+    content = saved(twins[0].cwd / "checkpoint.pt")
+    assert set(content) == {"args", "step", "ranks", "model", "optimizer"}
+    assert content["args"] == saved(twins[0].own / "model.pt")["args"]
+    assert content["step"] == 3 * PER_UPDATE and [set(own) for own in content["ranks"]] == [{"rng", "envs"}]
+
+
+def test_every_evaluation_prints_its_means_and_says_which_was_the_best_so_far(finished):
+    read, best = curves(finished.own), -math.inf
+    line = r"step ([\d,]+): held-out return (\S+), (\S+) a step, length (\d+)(, the best so far)?"
+    printed = re.findall(line, finished.output)
+    assert len(printed) == len(read["eval/r"]) == NUM_UPDATES // 4
+    for (step, score, per_step, length, said), (at, r), (_, steps) in zip(
+        printed, read["eval/r"], read["eval/l"], strict=True
+    ):
+        assert (int(step.replace(",", "")), int(length)) == (at, steps)
+        assert float(score) == pytest.approx(r, abs=0.006) and float(per_step) == pytest.approx(r / steps, abs=6e-4)
+        assert bool(said) == (r > best)
+        best = max(best, r)
 
 
 def test_capture_video_records_the_start_and_every_new_best(nursery, tmp_path):
@@ -901,11 +918,11 @@ def test_a_full_disk_while_checkpointing_does_not_stop_training(tmp_path):
 
 def test_a_death_while_saving_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    ppo_swarm.save({"model": {"weight": torch.ones(3)}}, path)
+    envs.save({"model": {"weight": torch.ones(3)}}, path)
     old = path.read_bytes()
     for dies_in in ("os.fsync", "os.replace"):
-        code = f"import os, torch, ppo_swarm; {dies_in} = lambda *_: os._exit(9)\n"
-        code += f"ppo_swarm.save({{'model': {{'weight': torch.zeros(3)}}}}, {str(path)!r})"
+        code = f"import os, torch, envs; {dies_in} = lambda *_: os._exit(9)\n"
+        code += f"envs.save({{'model': {{'weight': torch.zeros(3)}}}}, {str(path)!r})"
         assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 9
         assert path.read_bytes() == old
 
@@ -952,7 +969,7 @@ def test_evaluate_takes_another_number_of_agents(larger, policy, critic, share_c
     trained, evaluated = larger[policy, critic, share_critic]
     assert trained.code == 0, trained.output
     assert evaluated.code == 0, evaluated.output
-    assert list(table(evaluated.output))[1:] == ["ppo_swarm", "vicsek", "random"]
+    assert list(table(evaluated.output))[1:] == ["ppo_swarm", "sampled", "vicsek", "random"]
     assert table(evaluated.output) != table(trained.output)
 
 
@@ -992,7 +1009,7 @@ def test_loading_a_hostile_file_runs_no_code_and_names_it(tmp_path, legacy):
 
         path.write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        ppo_swarm.load(path)
+        envs.load(path)
     assert not created.exists()
 
 
@@ -1043,7 +1060,7 @@ def ranks(tmp_path_factory):
 def test_torchrun_trains_in_one_folder_with_one_model(ranks):
     names = contents(ranks.folder)
     assert names[:2] == ["eval.mp4", "eval.png"] and names[-1] == "model.pt" and len(names) == 4
-    assert list(table(ranks.output))[1:] == ["ppo_swarm", "vicsek", "random"]
+    assert list(table(ranks.output))[1:] == ["ppo_swarm", "sampled", "vicsek", "random"]
     assert curves(ranks.folder)["losses/value_loss"][0][0] == 2 * PER_UPDATE
 
 
@@ -1169,12 +1186,12 @@ def test_a_bad_argument_is_refused_by_name_with_its_value_and_what_is_allowed(na
 
 
 def test_minibatches_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ValueError, match=r"num_minibatches is 5.*num_steps \* num_envs"):
+    with pytest.raises(ValueError, match="num_minibatches is 5: it must divide 384"):  # num_steps * num_envs
         Args(num_envs=12, num_steps=32, num_minibatches=5)
 
 
 def test_minibatches_of_one_advantage_which_has_no_deviation_are_refused():
-    with pytest.raises(ValueError, match="num_minibatches is 384: minibatches need two agent-steps or more"):
+    with pytest.raises(ValueError, match="num_minibatches is 384: .* two agent-steps or more to a minibatch"):
         Args(num_envs=12, num_steps=32, num_minibatches=384, n_agents=1)
     Args(num_envs=12, num_steps=32, num_minibatches=384, n_agents=2)
 
@@ -1229,4 +1246,4 @@ def test_message_passing_without_neighbours_is_refused(nursery, tmp_path, policy
 def test_mlp_runs_without_neighbours(nursery, tmp_path):
     result = nursery.run_one(tmp_path, probe=NO_NEIGHBOURS, **BRIEF | dict(env_id="Alone"))
     assert result.code == 0, result.output
-    assert list(table(result.output))[1:] == ["ppo_swarm", "random"]
+    assert list(table(result.output))[1:] == ["ppo_swarm", "sampled", "random"]

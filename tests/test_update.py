@@ -28,10 +28,9 @@ def clip(x, low, high):
 
 def networks(script, mb):
     agent, obs = script["agent"], [script[name][mb] for name in ("b_obs", "b_neighbors") if name in script]
-    if "first_actor_state" in script:
-        starts = script["b_starts"][mb]
-        policy, _ = agent.get_policy(*obs, script["first_actor_state"][:, mb], starts)
-        return policy, agent.get_value(*obs, script["first_critic_state"][:, mb], starts)[0]
+    if "first_memory" in script:
+        (actors, critics), starts = script["first_memory"][:, :, mb], script["b_starts"][mb]
+        return agent.get_policy(*obs, actors, starts)[0], agent.get_value(*obs, critics, starts)[0]
     return agent.get_policy(*obs), agent.get_value(*obs) if hasattr(agent, "critic") else None
 
 def expected_loss(script, note):
@@ -43,8 +42,8 @@ def expected_loss(script, note):
     else:
         log_prob = policy.log_prob(script["b_raw_actions" if "b_raw_actions" in script else "b_actions"][mb])
         u = policy.mean + policy.logstd.exp() * adam["noise"]
-        slope = torch.log(policy.scale * (1 - torch.tanh(u) ** 2))
-        entropy = (0.5 + 0.5 * math.log(2 * math.pi) + policy.logstd + slope).sum(-1).mean()
+        log_det = torch.log((policy.high - policy.low) / 2 * (1 - torch.tanh(u) ** 2))
+        entropy = (0.5 + 0.5 * math.log(2 * math.pi) + policy.logstd + log_det).sum(-1).mean()
 
     advantage = script["b_advantages"][mb]
     n = advantage.numel()
@@ -73,7 +72,7 @@ def watched_step(self, *arguments, **named):
     while "mb_inds" not in frame.f_globals:
         frame = frame.f_back
     script, note = frame.f_globals, {}
-    args, weights, parameters = script["args"], script["weights"], script["parameters"]
+    args, weights, parameters = script["args"], script["weights"], list(script["agent"].parameters())
     with torch.enable_grad():
         learned = [parameter for parameter in parameters if parameter.requires_grad]
         grads = iter(torch.autograd.grad(expected_loss(script, note), learned))
@@ -87,7 +86,7 @@ def watched_step(self, *arguments, **named):
     total = args.total_timesteps
     if "num_iterations" in script:
         total = script["num_iterations"] * script["steps_per_iteration"]
-    share = script["global_step"] / total  # of the run that is over
+    share = script["run"].step / total  # of the run that is over
     change = -args.learning_rate * (1 - share * args.anneal_lr) * m / (v.sqrt() + 1e-5)
     before = weights.detach().double().clone()
     adam_step(self, *arguments, **named)
@@ -107,7 +106,7 @@ RUNS = {  # script and arguments
     "ppo_swarm": ("ppo_swarm", SWARM),
     "ppo_swarm, values not clipped, rate not annealed": ("ppo_swarm", SWARM | dict(clip_vloss=False, anneal_lr=False)),
     "ppo_swarm_lstm": ("ppo_swarm_lstm", SWARM),
-    "grpo_perep": ("grpo_perep", GRPO | HARD | dict(kl_coef=0.5, max_kl=1e3)),
+    "grpo_perep": ("grpo_perep", GRPO | HARD | dict(kl_coef=0.5, target_kl=1e3)),
     "async_ppo, discrete": ("async_ppo", ACTORS | dict(env_id="CartPole-v1")),
     "async_ppo, continuous": ("async_ppo", ACTORS | dict(env_id="Pendulum-v1")),
 }
