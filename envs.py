@@ -66,7 +66,15 @@ inlined = njit(cache=True, error_model="numpy", inline="always")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs):
+def make_vec(
+    env_id,
+    num_envs,
+    num_workers=None,
+    render_mode=None,
+    autoreset_mode=AutoresetMode.SAME_STEP,
+    episode_info=True,
+    **env_kwargs,
+):
     """Build `num_envs` environments that step together, as one `gymnasium.vector.VectorEnv`.
 
     env_id        a native id (NATIVE_ENVS lists them) or any id that `gymnasium.make` knows, also "module:id"
@@ -74,7 +82,7 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     render_mode   None, "rgb_array" or "human"
     env_kwargs    arguments of the environment's class, or of `gymnasium.make`
 
-    Every environment made here keeps the same promises:
+    Every environment made here keeps the same promises (`autoreset_mode` and `episode_info`: see the end):
 
     - `step` returns observations (num_envs, ...), rewards (num_envs,) or, unlike Gymnasium's, (num_envs, n_agents) of
       many agents, terminations and truncations (num_envs,), and infos.
@@ -89,20 +97,30 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     - `reset(seed=..., options={"identical": n})` starts the environments in groups of n, each as the first of its group
       starts with that seed, or all alike with True; after that, each draws random numbers of its own.
 
-    Raises ValueError, before anything starts, that names the argument, its value and what is allowed.
+    Raises ValueError, before anything starts, that names the argument, its value and what is allowed; for an argument
+    that a native environment does not have, TypeError, as Python does.
+
+    What is written for Gymnasium's own vector environments takes `autoreset_mode=AutoresetMode.NEXT_STEP`: an episode
+    that ended is reset by the next step, which ignores its action and returns reward 0, and no infos are called final.
+    The episodes of a seed are the same ones. With `episode_info=False`, the name "episode" is left to Gymnasium's
+    RecordEpisodeStatistics, and the metrics are infos by themselves: "success", valid where "_success" is True.
     """
     num_envs = _integer("num_envs", num_envs, 1)
     if num_workers is not None:
         num_workers = _integer("num_workers", num_workers, 0, num_envs)
+    autoreset_mode = _valid_mode(autoreset_mode)
     native = isinstance(env_id, str) and env_id in NATIVE_ENVS
     make_slice = NATIVE_ENVS[env_id] if native else partial(GymnasiumVectorEnv, env_id)
     if native:
         known = [name for name in inspect.signature(make_slice).parameters if name not in ("num_envs", "first_env")]
         for name in set(env_kwargs) - set(known):
-            raise ValueError(f"{name} is {env_kwargs[name]!r}: {env_id} has no such argument, but {', '.join(known)}")
+            unexpected = f"got an unexpected keyword argument {name!r}"  # what callers that try arguments out look for
+            allowed = f"{env_id} has no such argument, but {', '.join(known)}"
+            raise TypeError(f"{name} is {env_kwargs[name]!r}: {allowed} ({unexpected})")
     for name in {"first_env", "disable_env_checker"} & set(env_kwargs):
         raise ValueError(f"{name} is {env_kwargs[name]!r}: it is set here, and must be left out")
     make_slice = partial(make_slice, render_mode=render_mode, **env_kwargs)
+    make_slice = partial(_make_slice, make_slice, autoreset_mode, episode_info)
     if render_mode == "human" and num_workers:
         raise ValueError(f"num_workers is {num_workers}: a window (render_mode 'human') needs 0")
     if num_workers is None:
@@ -114,7 +132,20 @@ def make_vec(env_id, num_envs, num_workers=None, render_mode=None, **env_kwargs)
     if num_workers > 0 and "fork" not in multiprocessing.get_all_start_methods():
         warnings.warn("workers need fork, which this system lacks: stepping in this process", stacklevel=2)
         num_workers = 0
-    return PoolVectorEnv(make_slice, num_envs, num_workers) if num_workers else make_slice(num_envs)
+    envs = PoolVectorEnv(make_slice, num_envs, num_workers) if num_workers else make_slice(num_envs)
+    rewards = envs.buffers["rewards"]
+    if rewards.ndim > 1:  # TorchRL's name for what Gymnasium has no name for
+        envs.reward_space = gym.spaces.Box(-np.inf, np.inf, rewards.shape, rewards.dtype)
+    return envs
+
+
+def _make_slice(make_envs, autoreset_mode, episode_info, num_envs, first_env=0):
+    """`make_envs`, with what no class of environments has to know when it is made."""
+    envs = make_envs(num_envs, first_env=first_env)
+    envs.autoreset_mode = autoreset_mode
+    envs.metadata = envs.metadata | {"autoreset_mode": autoreset_mode}
+    envs.episode_info = episode_info
+    return envs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,20 +178,33 @@ def _make_buffers(num_envs, observation_space, reward_shape, stat_names):
     }
 
 
-def _collect(buffers, info_names, stat_names):
+def _collect(envs):
     """What `step` returns, copied out of the buffers of a batch (any slice env's, or the pool's shared ones)."""
+    buffers = envs.buffers
+    observations = buffers["observations"].copy()
     terminations = buffers["terminations"].copy()
     truncations = buffers["truncations"].copy()
-    infos = {name: buffers[name].copy() for name in info_names}
+    infos = {name: buffers[name].copy() for name in envs.info_names}
     done = terminations | truncations  # (num_envs,)
     if np.count_nonzero(done):  # several times faster than any()
-        infos["final_obs"] = buffers["final_observations"].copy()
-        infos["_final_obs"] = done
-        infos["final_info"] = {name: buffers["final_" + name].copy() for name in info_names}
-        infos["_final_info"] = done
-        infos["episode"] = dict(zip(stat_names, buffers["stats"].T.copy(), strict=True))
-        infos["_episode"] = done
-    return buffers["observations"].copy(), buffers["rewards"].copy(), terminations, truncations, infos
+        if envs.autoreset_mode is AutoresetMode.SAME_STEP:
+            infos["final_obs"] = buffers["final_observations"].copy()
+            infos["_final_obs"] = done
+            infos["final_info"] = {name: buffers["final_" + name].copy() for name in envs.info_names}
+            infos["_final_info"] = done
+        else:
+            observations[done] = buffers["final_observations"][done]
+            for name in envs.info_names:
+                infos[name][done] = buffers["final_" + name][done]
+        stats = dict(zip(envs.stat_names, buffers["stats"].T.copy(), strict=True))
+        if envs.episode_info:
+            infos["episode"] = stats
+            infos["_episode"] = done
+        else:
+            for name in envs.stat_names[2:]:  # after "r" and "l"
+                infos[name] = stats[name]
+                infos["_" + name] = done
+    return observations, buffers["rewards"].copy(), terminations, truncations, infos
 
 
 class NativeVectorEnv(gym.vector.VectorEnv):
@@ -173,7 +217,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     - declares its spaces to `__init__`;
     - sets `state`, a NamedTuple of arrays (num_envs first) that holds all the future depends on, among them `rng`
-      (num_envs, 2);
+      (num_envs, 2); if they are views of something, as a property, because copying an object parts views from arrays;
     - names in `start_shapes` the arrays that a start may be given as, with their shapes, and in `start_bounds` those
       that have bounds, {name: (low, high)};
     - has `restart(start)` (new episodes), `observe()` (state to buffers), `advance(actions)` (one step, into buffers)
@@ -184,6 +228,8 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"], "render_fps": 30}
+    autoreset_mode = AutoresetMode.SAME_STEP
+    episode_info = True
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
     stat_names = ("r", "l")  # columns of buffers["stats"]
     start_shapes = {}
@@ -201,7 +247,11 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         self.action_space = batch_space(action_space, num_envs)
         self.buffers = _make_buffers(num_envs, observation_space, observation_space.shape[:-1], self.stat_names)
         self.window = None
+        self.clock = None  # of the window
         self.started = False
+
+    def __getstate__(self):
+        return self.__dict__ | {"window": None, "clock": None}  # a copy opens a window of its own
 
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
@@ -229,25 +279,56 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     def step(self, actions):
         _check_steppable(self)
-        self.advance(_valid_actions(actions, self.action_space))
-        return _collect(self.buffers, self.info_names, self.stat_names)
+        self.proceed(_valid_actions(actions, self.action_space))
+        return _collect(self)
+
+    def proceed(self, actions):
+        """`advance` in the present autoreset mode."""
+        if self.autoreset_mode is AutoresetMode.SAME_STEP or not np.count_nonzero(self._ended()):
+            self.advance(actions)
+            return
+        # What ended in the last step has been reset, and stands still now. The kernels step the whole batch, so these
+        # environments are put back afterwards.
+        ended = np.flatnonzero(self._ended())
+        state = self.state
+        starts = [array[ended] for array in state]
+        self.advance(actions)
+        for array, start in zip(state, starts, strict=True):
+            array[ended] = start
+        self.observe()
+        for name in ("rewards", "terminations", "truncations"):
+            self.buffers[name][ended] = 0
 
     def get_state(self):
         """All that the future depends on, as a dict of arrays, num_envs first."""
         _check_open(self)
-        return {name: array.copy() for name, array in self.state._asdict().items()}
+        return {name: array.copy() for name, array in self._future().items()}
 
     def set_state(self, state):
         """Go back to what `get_state` returned; returns (observations, infos) as `reset` does."""
         _check_open(self)
-        arrays = self.state._asdict()
+        arrays = self._future()
         for name, given in _valid_state(state, arrays, self.num_envs).items():
             arrays[name][...] = given
         self.started = True
-        return self._observed()
+        observed = self._observed()
+        self.buffers["terminations"][...] = arrays.get("ended", False)
+        return observed
+
+    def _future(self):
+        arrays = self.state._asdict()
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            arrays["ended"] = self._ended()
+        return arrays
+
+    def _ended(self):
+        """(num_envs,), whether an episode ended in the last step."""
+        return self.buffers["terminations"] | self.buffers["truncations"]
 
     def _observed(self):
         self.observe()
+        self.buffers["terminations"][...] = False
+        self.buffers["truncations"][...] = False
         infos = {name: self.buffers[name].copy() for name in self.info_names}
         return self.buffers["observations"].copy(), infos
 
@@ -2690,6 +2771,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
     environment is seeded by itself, from the seed given to `reset` and its index in the whole batch.
     """
 
+    autoreset_mode = AutoresetMode.SAME_STEP
+    episode_info = True
     info_names = ()
     stat_names = ("r", "l")
 
@@ -2754,19 +2837,28 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
                 env.unwrapped.np_random = np.random.default_rng(own)
             self.returns[i] = 0.0
             self.lengths[i] = 0
+        self.buffers["terminations"][...] = False
+        self.buffers["truncations"][...] = False
         self.started = True
         return self.buffers["observations"].copy(), {}
 
     def step(self, actions):
         _check_steppable(self)
-        self.advance(_valid_actions(actions, self.action_space))
-        return _collect(self.buffers, self.info_names, self.stat_names)
+        self.proceed(_valid_actions(actions, self.action_space))
+        return _collect(self)
 
-    def advance(self, actions):
+    def proceed(self, actions):
         buffers = self.buffers
+        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
         # Integers for Discrete; for Box a fresh array, because an environment may keep the action that it was given.
         actions = actions.copy() if isinstance(self.single_action_space, gym.spaces.Box) else actions.tolist()
         for i, env in enumerate(self.envs):
+            if not same_step and (buffers["terminations"][i] or buffers["truncations"][i]):  # in the last step
+                buffers["observations"][i], _ = env.reset()
+                buffers["rewards"][i] = 0.0
+                buffers["terminations"][i] = False
+                buffers["truncations"][i] = False
+                continue
             observation, reward, terminated, truncated, _ = env.step(actions[i])
             buffers["rewards"][i] = reward
             buffers["terminations"][i] = terminated
@@ -2778,7 +2870,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
                 buffers["stats"][i] = (self.returns[i], self.lengths[i])
                 self.returns[i] = 0.0
                 self.lengths[i] = 0
-                observation, _ = env.reset()
+                if same_step:
+                    observation, _ = env.reset()
             buffers["observations"][i] = observation
 
     def get_state(self):
@@ -2831,6 +2924,8 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self.render_mode = probe.render_mode
         self.spec = probe.spec
         self.metadata = probe.metadata
+        self.autoreset_mode = probe.autoreset_mode
+        self.episode_info = probe.episode_info
         self.info_names = probe.info_names
         self.stat_names = probe.stat_names
         self.single_observation_space = probe.single_observation_space
@@ -2889,7 +2984,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         _check_steppable(self)
         self.shared.actions[...] = _valid_actions(actions, self.action_space)
         self._tell(STEP)
-        return _collect(self.buffers, self.info_names, self.stat_names)
+        return _collect(self)
 
     def get_state(self):
         """All that the future depends on, as a dict of arrays, num_envs first: the same for any number of workers."""
@@ -2921,6 +3016,9 @@ class PoolVectorEnv(gym.vector.VectorEnv):
             if process.pid in self.shared.pids:
                 process.kill()
                 process.join()
+
+    def __reduce__(self):
+        raise TypeError("these environments run in processes and cannot be copied: make them with num_workers=0")
 
     def __del__(self):
         if hasattr(self, "stop_workers") and not sys.is_finalizing():  # at exit, the exit handlers have done it
@@ -3015,7 +3113,7 @@ def _serve_slice(worker):
                 _take(go, WORKER_POLL_SECONDS, check_caller)
                 order = shared.order[0]
                 if order == STEP:
-                    env.advance(actions)
+                    env.proceed(actions)
                 elif order == CALL:
                     channel.send(channel.recv()(env))
                 elif order == STOP:
@@ -3250,7 +3348,8 @@ def shared_array(shape, dtype):
 # Adapters
 # ----------------------------------------------------------------------------------------------------------------------
 # One native environment alone, for libraries that step it so: `gymnasium.make("CleanSwarm/LunarLander-v0")`, of one
-# agent, and `parallel_env("Swarm")`, of many. `gymnasium.make_vec` of these ids is the `make_vec` of this file.
+# agent, and `parallel_env("Swarm")`, of many. `gymnasium.make_vec` of these ids is the `make_vec` of this file, by the
+# conventions of Gymnasium's own vector environments.
 
 SINGLE_AGENT = ("LunarLander", "DenseLunarLander", "SparseLunarLander")
 
@@ -3267,7 +3366,7 @@ class NativeEnv(gym.Env):
     metadata = {"render_modes": NativeVectorEnv.metadata["render_modes"], "render_fps": 50}  # the landers'
 
     def __init__(self, env_id, render_mode=None, **env_kwargs):
-        self.envs = make_vec(env_id, num_envs=1, num_workers=0, render_mode=render_mode, **env_kwargs)
+        self.envs = make_vec(env_id, 1, 0, render_mode, AutoresetMode.SAME_STEP, True, **env_kwargs)
         self.metadata = {name: self.envs.metadata[name] for name in self.metadata}
         self.render_mode = render_mode
         self.observation_space = self.envs.single_observation_space
@@ -3309,6 +3408,9 @@ class NativeEnv(gym.Env):
         return observations[0], rewards[0].tolist(), bool(terminations[0]), bool(truncations[0]), info
 
     def render(self):
+        if self.render_mode is None:  # no error in Gymnasium either: skrl calls it in every step
+            gym.logger.warn("render_mode is None: nothing is drawn without 'rgb_array' or 'human'")
+            return None
         pictures = self.envs.render()
         return None if pictures is None else pictures[0]
 
@@ -3316,16 +3418,36 @@ class NativeEnv(gym.Env):
         self.envs.close()
 
 
-for _name in SINGLE_AGENT:
-    if f"CleanSwarm/{_name}-v0" not in gym.registry:  # it may be, when a notebook reloads this file
-        entry_points = dict(entry_point=f"{__name__}:NativeEnv", vector_entry_point=f"{__name__}:make_vec")
-        gym.register(f"CleanSwarm/{_name}-v0", **entry_points, kwargs={"env_id": _name})
+def _make_registered(env_id, num_envs, max_episode_steps=None, **kwargs):
+    """What `gymnasium.make_vec` calls; `gymnasium.make` honours `max_episode_steps` by itself."""
+    if max_episode_steps is not None:
+        kwargs["max_steps"] = min(max_episode_steps, kwargs.get("max_steps", max_episode_steps))
+    return make_vec(env_id, num_envs, **{"autoreset_mode": AutoresetMode.NEXT_STEP, "episode_info": False} | kwargs)
+
+
+def _register(name, reward_threshold, **kwargs):
+    if f"CleanSwarm/{name}-v0" not in gym.registry:  # it may be, when a notebook reloads this file
+        gym.register(
+            f"CleanSwarm/{name}-v0",
+            entry_point=f"{__name__}:NativeEnv",
+            vector_entry_point=f"{__name__}:_make_registered",
+            reward_threshold=reward_threshold,
+            kwargs=kwargs,
+        )
+
+
+# From a return of 200 on, Gymnasium calls its lander solved; SparseLunarLander gives as much for coming to rest.
+_register("LunarLander", 200.0, env_id="LunarLander")
+_register("LunarLanderContinuous", 200.0, env_id="LunarLander", continuous=True)
+_register("DenseLunarLander", 200.0, env_id="DenseLunarLander")
+_register("SparseLunarLander", 200.0, env_id="SparseLunarLander")
 
 
 def parallel_env(env_id, render_mode=None, **env_kwargs):
     """A native environment of many agents as a `pettingzoo.ParallelEnv`, of "agent_0", "agent_1", ...
 
-    All agents end together. What `NativeEnv` promises holds here too; the metrics are in the info of every agent.
+    All agents end together. What `NativeEnv` promises holds here too; the metrics are in the info of every agent, and 0
+    there until the episode ends, because TorchRL wants the same infos in every step. `state` is all observations.
     """
     multi_agent = sorted(set(NATIVE_ENVS) - set(SINGLE_AGENT))
     if env_id not in multi_agent:
@@ -3342,10 +3464,16 @@ def parallel_env(env_id, render_mode=None, **env_kwargs):
             self.render_mode = render_mode
             observations = self.env.observation_space  # (n_agents, obs_dim)
             actions = self.env.action_space  # (n_agents, act_dim)
+            self.state_space = gym.spaces.Box(observations.low.ravel(), observations.high.ravel())
+            self.observations = None  # the last ones
+            self.no_metrics = dict.fromkeys(self.env.envs.stat_names[2:], 0.0)  # after "r" and "l"
             self.agents = []
             self.possible_agents = [f"agent_{i}" for i in range(len(observations.low))]
             self.observation_spaces = self.by_agent(map(gym.spaces.Box, observations.low, observations.high))
             self.action_spaces = self.by_agent(map(gym.spaces.Box, actions.low, actions.high))
+
+        def __reduce__(self):  # pickle would not find a class inside a function
+            return partial(parallel_env, env_id, render_mode, **env_kwargs), (), self.__dict__
 
         def observation_space(self, agent):
             return self.observation_spaces[agent]
@@ -3357,29 +3485,47 @@ def parallel_env(env_id, render_mode=None, **env_kwargs):
             return dict(zip(self.possible_agents, values, strict=True))
 
         def infos_by_agent(self, info):
+            info = self.no_metrics | info
+
             def of_agent(i):
                 return {name: value if np.isscalar(value) else value[i] for name, value in info.items()}
 
             return self.by_agent(map(of_agent, range(len(self.possible_agents))))
+
+        def state(self):
+            if self.observations is None:
+                raise gym.error.ResetNeeded("state before reset: reset first")
+            return self.observations.flatten()
 
         def reset(self, seed=None, options=None):
             options = dict(options or {})
             for name in set(options) - set(self.env.envs.start_shapes):  # no error: PettingZoo's own tests give some
                 warnings.warn(f"options[{name!r}] is not for {env_id}: ignored", stacklevel=2)
                 del options[name]
-            observations, info = self.env.reset(seed=seed, options=options)
+            self.observations, info = self.env.reset(seed=seed, options=options)
             self.agents = list(self.possible_agents)
-            return self.by_agent(observations), self.infos_by_agent(info)
+            return self.by_agent(self.observations.copy()), self.infos_by_agent(info)
 
         def step(self, actions):
             agents = self.agents  # none before `reset` or after the end, which `self.env` refuses
+            if not (agents or actions or self.observations is None):
+                return {}, {}, {}, {}, {}  # nobody is left, and nobody acts
             if agents and set(actions) != set(agents):
                 raise ValueError(f"actions are for {list(actions)}: they must be for {agents}")
-            observations, rewards, *ends, info = self.env.step([actions[agent] for agent in agents])
+            actions = [self.action_of(agent, actions) for agent in agents]
+            self.observations, rewards, *ends, info = self.env.step(actions)
             if any(ends):
                 self.agents = []
             ends = [dict.fromkeys(agents, end) for end in ends]
-            return self.by_agent(observations), self.by_agent(rewards), *ends, self.infos_by_agent(info)
+            observations = self.by_agent(self.observations.copy())
+            return observations, self.by_agent(rewards), *ends, self.infos_by_agent(info)
+
+        def action_of(self, agent, actions):
+            shape = self.action_spaces[agent].shape
+            try:
+                return np.reshape(actions[agent], shape)
+            except (TypeError, ValueError):
+                raise ValueError(f"actions[{agent!r}] is {actions[agent]!r}: it must have {shape} numbers") from None
 
         def render(self):
             return self.env.render()
@@ -3421,6 +3567,13 @@ def _array(name, value, shape, dtype):
     if np.count_nonzero(np.isfinite(array)) < array.size:  # several times faster than all()
         raise ValueError(f"{name} holds NaN or infinity: every entry must be finite")
     return np.ascontiguousarray(array)
+
+
+def _valid_mode(mode):
+    for allowed in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        if mode in (allowed, allowed.value):
+            return allowed
+    raise ValueError(f"autoreset_mode is {mode!r}: it must be AutoresetMode.SAME_STEP or NEXT_STEP")
 
 
 def _valid_actions(actions, space):
@@ -5340,11 +5493,14 @@ class LunarLander(NativeVectorEnv):
             "angle": (num_envs,),
         }
         self.landers = np.zeros(num_envs, LANDER_STATE)
-        self.state = LanderState(*(self.landers[name] for name in LANDER_STATE.names))
-        self.state.touched[...] = -1
-        self.state.feature[...] = -1
+        self.landers["touched"] = -1
+        self.landers["feature"] = -1
         self.queue = np.zeros(num_envs, np.int64)  # the order in which environments go into lanes
         self.scratch = np.zeros(1, LANDER_SCRATCH)
+
+    @property
+    def state(self):  # a property, because these are views
+        return LanderState(*(self.landers[name] for name in LANDER_STATE.names))
 
     def restart(self, start):
         state = self.state
