@@ -208,10 +208,11 @@ def test_what_it_refuses(gather):
         (dict(noise=float("nan")), "^noise is nan"),
         (dict(max_steps=0), "^max_steps is 0"),
         (dict(render_mode="ascii"), "^render_mode is 'ascii'"),
-        (dict(agents=3), "^agents is 3: Gather has no such argument, but n_agents,"),
     ):
         with pytest.raises(ValueError, match=message):
             envs.make_vec("Gather", 2, **kwargs)
+    with pytest.raises(TypeError, match="^agents is 3: Gather has no such argument, but n_agents,"):
+        envs.make_vec("Gather", 2, agents=3)
     world = envs.make_vec("Gather", 2)
     with pytest.raises(gym.error.ResetNeeded):
         world.step(np.zeros((2, 5, 2)))

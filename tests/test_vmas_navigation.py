@@ -664,7 +664,7 @@ def test_a_bad_argument_is_named_with_its_value(name, value):
 
 
 def test_an_unknown_argument_is_named():
-    with pytest.raises(ValueError, match="^lidar_range is 1: VmasNavigation has no such argument"):
+    with pytest.raises(TypeError, match="^lidar_range is 1: VmasNavigation has no such argument"):
         make(lidar_range=1)
 
 
