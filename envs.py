@@ -4197,7 +4197,7 @@ def _check_steppable(envs):
 # with an even edge, 1 for that with an odd one. A "turn" is an angular impulse, or the angle that it turns by.
 
 # Without reference counts on arrays, which cost more than the physics here; such a function cannot allocate.
-uncounted = njit(cache=True, error_model="numpy", _nrt=False)
+uncounted = partial(kernel, _nrt=False)
 
 # ---- Constants: Gymnasium's task ----
 
