@@ -2508,24 +2508,25 @@ def check_spaces(args, envs, discrete_only=False):
     Their actions must be discrete or, without `discrete_only`, real and bounded, and those of the two the same.
     """
     allowed = "discrete" if discrete_only else "discrete or bounded real"
-    with contextlib.closing(make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)) as eval_envs:
-        for name, own in (("env_id", envs), ("eval_env_id", eval_envs)):
-            observations = own.single_observation_space
-            actions = own.single_action_space
-            discrete = isinstance(actions, gym.spaces.Discrete)
-            real = len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()
-            given = f"{name} is {getattr(args, name)!r}"
-            if len(observations.shape) != 1 or not (discrete or (real and not discrete_only)):
-                wanted = f"an environment of one agent, with vector observations and {allowed} actions"
-                raise ValueError(f"{given}: it must be {wanted}, not {observations} and {actions}")
-            same_shape = observations.shape == envs.single_observation_space.shape
-            if not same_shape or actions != envs.single_action_space:
-                raise ValueError(f"{given}: it must observe and act as {args.env_id} does")
-            check_range(given, actions)
-            said = own is eval_envs and args.eval_env_id == args.env_id
-            if not said and own.spec is not None and own.spec.max_episode_steps is None:
-                limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
-                print(f"{given}, which is registered without a time limit: {limit}")
+    eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
+    for name, own in (("env_id", envs), ("eval_env_id", eval_envs)):
+        observations = own.single_observation_space
+        actions = own.single_action_space
+        discrete = isinstance(actions, gym.spaces.Discrete)
+        real = len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()
+        given = f"{name} is {getattr(args, name)!r}"
+        if len(observations.shape) != 1 or not (discrete or (real and not discrete_only)):
+            wanted = f"an environment of one agent, with vector observations and {allowed} actions"
+            raise ValueError(f"{given}: it must be {wanted}, not {observations} and {actions}")
+        same_shape = observations.shape == envs.single_observation_space.shape
+        if not same_shape or actions != envs.single_action_space:
+            raise ValueError(f"{given}: it must observe and act as {args.env_id} does")
+        check_range(given, actions)
+        said = own is eval_envs and args.eval_env_id == args.env_id
+        if not said and own.spec is not None and own.spec.max_episode_steps is None:
+            limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
+            print(f"{given}, which is registered without a time limit: {limit}")
+    eval_envs.close()
 
 
 def check_range(given, actions):

@@ -28,7 +28,7 @@ def play(steps, env_id, far=None, options=None, **env_kwargs):
 swarm = dict(n_agents=100, n_obstacles=20, box_size=20.0, max_steps=20)
 play(30, "Swarm", **swarm)
 play(3, "Swarm", far=-1e9, **swarm)
-play(3, "Swarm", n_agents=100, speed=1e20)
+play(3, "Swarm", n_agents=100, speed=1e6, dt=1e6)
 play(30, "LidarNavigation", n_agents=20, max_steps=20)
 play(3, "LidarNavigation", far=-1e9, n_agents=20)
 play(30, "VmasNavigation", n_agents=10, max_steps=20)

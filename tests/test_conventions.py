@@ -1,6 +1,7 @@
 """The native environments keep the conventions of Gymnasium and of PettingZoo, by the checks that these come with."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def test_importing_envs_again_is_silent():
 @swarm
 def test_pettingzoos_tests_pass(env_id, capsys):
     kwargs = SWARMS[env_id] | dict(max_steps=40)
+    gc.collect()  # or what other tests left open is warned of here
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parallel_api_test(envs.parallel_env(env_id, **kwargs), num_cycles=60)
