@@ -25,6 +25,7 @@ actions and indices integers (as are Gymnasium's integer observations); physics 
 Lander.
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -2541,12 +2542,21 @@ def check_range(given, actions):
 def setup(args):
     """(rank, world_size, device): which of how many processes this is in a torchrun, alone (0, 1), and where it trains.
 
-    Starts no thread of torch's: workers have to be forked before.
+    Seeds the global generators of Python and NumPy, which environments may draw from while they are made. Starts no
+    thread of torch's: workers have to be forked before.
     """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA asks for
     torch.set_deterministic_debug_mode("error" if args.torch_deterministic else "default")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    return _place(args)
+
+
+def _place(args):
+    import torch
+
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
@@ -2700,7 +2710,7 @@ class Run:
         self.episodes = {}  # since the last `log`, {metric: [value]}
         self.env_id = env_id
         self.env_kwargs = env_kwargs
-        self.rank, self.world_size, self.device = setup(args)
+        self.rank, self.world_size, self.device = _place(args)
         if args.cuda:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
@@ -2817,7 +2827,10 @@ class Run:
             save(self.checkpoint, self.folder / "checkpoint.pt")
 
     def finish(self, agent):
-        """Close the logs; after a complete training, compare the best weights, put into `agent`, with the baselines."""
+        """Close the logs; after a complete training, compare the best weights, put into `agent`, with the baselines.
+
+        In a torchrun this ends the process.
+        """
         import torch.distributed as dist
 
         for number in SIGNALS:
@@ -2834,6 +2847,11 @@ class Run:
         if self.world_size > 1:
             dist.barrier()  # torchrun ends all if one fails, even on its way out: rank 0 has to have written its files
             dist.destroy_process_group()
+            # A thread of gloo's that is left while Python shuts down may end the process with an error: be faster.
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def _best_model(self):
         """What `evaluate` saved last, also in the process before this one: it may be newer than the checkpoint."""
