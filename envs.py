@@ -3023,11 +3023,14 @@ def open_run(args, world_size):
     for path in sorted(Path("runs").glob(f"{glob.escape(name)}*/checkpoint.pt")):
         try:
             checkpoint = load(path)
-            ranks = len(checkpoint["ranks"])
-            others = [name for name in args if checkpoint["args"].get(name) != args[name]]
-        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            missing = {"ranks", "step"} - set(checkpoint)
+            if missing:
+                raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+        except (FileNotFoundError, ValueError) as error:
             print(f"not resumed, and left where it is: {error}")
             continue
+        ranks = len(checkpoint["ranks"])
+        others = [name for name in args if checkpoint["args"].get(name) != args[name]]
         if others:
             print(f"left alone, an unfinished run with other arguments ({', '.join(others)}): {path.parent}")
             continue

@@ -334,7 +334,9 @@ def test_a_run_that_ended_in_this_process_by_an_exception_is_taken_up_again():
 
 def test_a_run_in_hand_of_another_process_is_left_alone(capsys):
     folder = stopped(Args(), Straight())
-    code = f"import envs, time; assert envs.lock({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
+    code = (
+        f"import envs, time; assert envs.lock({str(folder.resolve())!r}); print('locked', flush=True); time.sleep(60)"
+    )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
@@ -366,7 +368,7 @@ def test_a_forked_child_does_not_keep_the_lock():
         os._exit(0)
     os.read(reader, 1)
     unlock()
-    code = f"import envs; print(envs.lock({str(folder)!r}) is not None)"
+    code = f"import envs; print(envs.lock({str(folder.resolve())!r}) is not None)"
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
