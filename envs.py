@@ -2715,6 +2715,10 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             dist.init_process_group("nccl" if args.cuda else "gloo")
+        self.signals = []  # when SIGINT or SIGTERM came
+        self.stopping = False
+        for number in SIGNALS:  # before the run says that it is there
+            signal.signal(number, self._take_signal)
         opened = [None, None]
         self.unlock = lambda: None
         if self.rank == 0:
@@ -2727,10 +2731,6 @@ class Run:
             best = self._best_model()
             self.best_score = best.get("score", -math.inf) if best else -math.inf
             self._open_logs()
-        self.signals = []  # when SIGINT or SIGTERM came
-        self.stopping = False
-        for number in SIGNALS:
-            signal.signal(number, self._take_signal)
         self.first_step = self.last_step = self.step
         self.start_time = time.time()
 
