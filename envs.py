@@ -283,6 +283,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     def __init__(self, num_envs, observation_space, action_space, render_mode=None, first_env=0):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is {render_mode!r}: it must be None, 'rgb_array' or 'human'")
+        check_range(type(self).__name__, action_space)
         self.num_envs = _integer("num_envs", num_envs, 1, LARGEST_SIZE)
         self.first_env = _integer("first_env", first_env, 0)
         self.render_mode = render_mode

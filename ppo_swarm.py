@@ -200,15 +200,13 @@ class SquashedNormal:
         self.logstd = logstd
         self.low = low
         self.high = high
-        self.scale = (high - low) / 2
 
     def sample(self, generator=None):
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)  # on the CPU, with any device
         return self.mean + self.logstd.exp() * noise
 
     def squash(self, u):
-        stretched = self.scale * torch.tanh(u) + (self.high + self.low) / 2
-        return torch.clamp(stretched, self.low, self.high)  # rounding may lead beyond
+        return torch.lerp(self.low, self.high, torch.sigmoid(2 * u))  # (tanh(u) + 1) / 2 of the way, and never beyond
 
     def log_prob(self, u):
         z = (u - self.mean) * torch.exp(-self.logstd)
@@ -220,8 +218,8 @@ class SquashedNormal:
         return (0.5 * math.log(2 * math.pi * math.e) + self.logstd + log_det).sum(-1)
 
     def log_det_jacobian(self, u):
-        """log(d action / d u), with log(1 - tanh(u)^2) as 2 (log 2 - u - softplus(-2 u)), which keeps its digits."""
-        return 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
+        """log(d action / d u), with log(1 - tanh(u)^2) as log(4) - 2 (u + softplus(-2 u)), which keeps its digits."""
+        return torch.log(2 * (self.high - self.low)) - 2 * (u + F.softplus(-2 * u))
 
 
 def to_tensors(observations, infos, device):

@@ -439,6 +439,12 @@ def test_actions_without_a_range_are_refused_at_the_start(space):
         envs.check_spaces(args, vector)
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_nor_may_a_native_environment_have_such_actions(space):
+    with pytest.raises(ValueError, match="NativeVectorEnv: low < high must hold in every action"):
+        envs.NativeVectorEnv(2, gym.spaces.Box(-1.0, 1.0, (1, 3), np.float32), SPACES[space])
+
+
 @pytest.mark.parametrize("env_id", ["Strange-v0", "Limited-v1"])
 def test_a_missing_time_limit_is_said_at_the_start(env_id, capsys):
     args = SimpleNamespace(env_id=env_id, eval_env_id=env_id, eval_env_kwargs={})
