@@ -139,7 +139,8 @@ def make_vec(
       as it would alone with its own. Gymnasium environments may draw from the global generators of NumPy and Python:
       `reset(seed=...)` seeds these, too, then for this number of workers; `close` puts back what the caller had.
     - `reset(seed=..., options={"identical": n})` starts the environments in groups of n, each as the first of its group
-      starts with that seed, or all alike with True; after that, each draws random numbers of its own.
+      starts with that seed, or all alike with True; after that, each draws random numbers of its own. With
+      `options={"stagger": True}` the first episodes of native environments begin at different points of their time.
 
     Raises ValueError, before anything starts, that names the argument, its value and what is allowed; for an argument
     that a native environment does not have, TypeError, as Python does.
@@ -252,6 +253,9 @@ def _collect(envs):
     return observations, buffers["rewards"].copy(), terminations, truncations, infos
 
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, without their integer parts, are spread evenly, however many
+
+
 class NativeVectorEnv(gym.vector.VectorEnv):
     """What the native environments share: buffers, autoreset, seeding, state and rendering.
 
@@ -268,6 +272,10 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     - has `restart(start)` (new episodes), `observe()` (state to buffers), `advance(actions)` (one step, into buffers)
       and `draw(env)` (a picture).
 
+    If its episodes are cut off at `max_steps` steps, counted in `state.elapsed`, it sets the attribute `max_steps`, so
+    that `reset(options={"stagger": True})` can begin the first episodes at different points of that time: those of a
+    batch then never end together, and a rollout that is shorter than an episode holds all its parts.
+
     The vectorizer puts views of shared memory in the place of `buffers`. `first_env` is the index of this slice's first
     environment in the whole batch, so that every environment has randomness of its own.
     """
@@ -277,6 +285,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     episode_info = True
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
     stat_names = ("r", "l")  # columns of buffers["stats"]
+    max_steps = None
     start_shapes = {}
     start_bounds = {}
 
@@ -305,6 +314,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         seed = _valid_seed(seed, self.num_envs)
         options = dict(options or {})
         group = _pop_identical(options, seed)
+        stagger = _pop_stagger(options)
         start = _valid_start(options, self, self.num_envs)
         if seed is None and not self.started:
             seed = np.random.SeedSequence().entropy % 2**63
@@ -321,6 +331,9 @@ class NativeVectorEnv(gym.vector.VectorEnv):
         self.restart(start)
         if group > 1:
             self.state.rng[...] = streams
+        if stagger and self.max_steps:
+            index = self.first_env + np.arange(self.num_envs)
+            self.state.elapsed[...] = self.max_steps * (GOLDEN_RATIO * index % 1.0)
         return self._observed()
 
     def step(self, actions):
@@ -950,6 +963,7 @@ class Swarm(NativeVectorEnv):
             obstacle_cells=_cells_along(box_size, radius + SWARM_OBSTACLE_RADIUS, n_obstacles),
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
+        self.max_steps = self.params.max_steps
         absent_low = np.tile(np.float32([-1, -1, -1, -1, 0]), n_neighbors)
         low = np.concatenate([absent_low, np.float32([-1, 0, -1, -1, -1, -1, -1, -1, 0])])
         super().__init__(
@@ -1646,6 +1660,7 @@ class LidarNavigation(NativeVectorEnv):
             contact_cells=_cells_along(side, LIDAR_ROBOT_RADIUS + LIDAR_OBSTACLE_RADII[1], n_discs / 2),
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
+        self.max_steps = self.params.max_steps
         low = np.full(LIDAR_RAYS + LIDAR_OWN_FEATURES, -1.0, np.float32)
         super().__init__(
             num_envs,
@@ -2119,6 +2134,7 @@ class VmasNavigation(NativeVectorEnv):
             final_reward=_number("final_reward", final_reward),
             agent_collision_penalty=_number("agent_collision_penalty", agent_collision_penalty),
         )
+        self.max_steps = self.params.max_steps
         low = np.float32([-np.inf] * VMAS_OWN_FEATURES + [0.0] * VMAS_RAYS)
         high = np.float32([np.inf] * VMAS_OWN_FEATURES + [VMAS_RANGE + VMAS_RADIUS] * VMAS_RAYS)
         super().__init__(
@@ -3358,8 +3374,9 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         group = _pop_identical(own, seed)
         parts = [options] * len(self.tasks)
         if isinstance(self.probe, NativeVectorEnv):
+            stagger = _pop_stagger(own)
             start = _valid_start(own, self.probe, self.num_envs)
-            parts = [part | {"identical": group} for part in self._split(start)]
+            parts = [part | {"identical": group, "stagger": stagger} for part in self._split(start)]
         pairs = zip(seeds, parts, strict=True)
         self._tell(CALL, [methodcaller("reset", seed=own, options=part) for own, part in pairs])
         return self._observed()
@@ -4165,6 +4182,14 @@ def _pop_identical(options, seed):
         allowed = "True, False or the size of a group, and needs one seed"
         raise ValueError(f"options['identical'] is {identical!r}: it must be {allowed}")
     return max(int(group), 1)
+
+
+def _pop_stagger(options):
+    """Whether the first episodes are to begin at different points of their time."""
+    stagger = options.pop("stagger", False)
+    if not isinstance(stagger, bool):
+        raise ValueError(f"options['stagger'] is {stagger!r}: it must be True or False")
+    return stagger
 
 
 def _check_open(envs):
@@ -5993,6 +6018,7 @@ class LunarLander(NativeVectorEnv):
             sparse_reward=sparse_reward,
             max_steps=_integer("max_steps", max_steps, 1),
         )
+        self.max_steps = self.params.max_steps
         high = np.float32([2.5, 2.5, 10, 10, 2 * math.pi, 10, 1, 1])
         low = np.float32([-2.5, -2.5, -10, -10, -2 * math.pi, -10, 0, 0])
         throttles = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)

@@ -304,7 +304,8 @@ if __name__ == "__main__":
     # Environments first: workers have to be forked before torch starts threads
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
     envs = make_vec(args.env_id, args.num_envs, args.num_workers, **env_kwargs)
-    observations, infos = envs.reset(seed=args.seed + (rank << 32))
+    # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
+    observations, infos = envs.reset(seed=args.seed + (rank << 32), options={"stagger": True})
     next_obs, next_neighbors = to_tensors(observations, infos, device)
     if args.policy != "mlp" and not next_neighbors.shape[-1]:
         raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")

@@ -489,6 +489,22 @@ def test_an_episode_is_as_long_as_max_steps_every_time(env_id, make):
 
 
 @native
+@pooled_or_not
+def test_staggered_first_episodes_end_at_different_times_and_later_ones_are_whole(env_id, num_workers, make):
+    vector = make(env_id, 5, num_workers, max_steps=10)
+    plain, _ = vector.reset(seed=0)
+    staggered, _ = vector.reset(seed=0, options={"stagger": True})
+    assert same(plain, staggered)
+    ends, lengths = [[] for _ in range(5)], []
+    for step, (*_, truncations, infos) in enumerate(play(vector, random_actions(vector, 25)), start=1):
+        for env in np.flatnonzero(truncations):
+            ends[env].append(step)
+            lengths.append(infos["episode"]["l"][env] == step - ([0, *ends[env]])[-2])
+    assert ends == [[10, 20], [4, 14, 24], [8, 18], [2, 12, 22], [6, 16]]
+    assert all(lengths)
+
+
+@native
 def test_a_reset_in_mid_episode_starts_the_count_and_the_sums_again(env_id, make):
     kwargs = CASES[env_id].kwargs | {"max_steps": 4}
     vector, fresh = make(env_id, 2, **kwargs), make(env_id, 2, **kwargs)
@@ -662,6 +678,10 @@ def test_bad_seeds_are_named_and_leave_the_episode_going(env_id, num_workers, re
             yield lambda options=options: vector.reset(seed=0, options=options), message
         for seed in (None, [1, 2, 3, 4]):
             yield lambda seed=seed: vector.reset(seed=seed, options={"identical": 2}), "needs one seed"
+        yield (
+            lambda: vector.reset(seed=0, options={"stagger": 1}),
+            exactly("options['stagger'] is 1: it must be True or"),
+        )
 
     refusing(env_id, num_workers, bad_calls)
 
