@@ -499,8 +499,11 @@ SWARM_AGENT_DIAMETER = 0.1  # two agents nearer than this collide [length]
 SWARM_OBSTACLE_RADIUS = 0.5  # [length]
 SWARM_PUBLISHED_DENSITY = 0.4  # 40 agents in a box of side 10 [agents per unit area]
 SWARM_SPAWN_TRIES = 100  # places tried for each agent
-NEIGHBOR_FEATURES = 5  # forward, left, cos and sin of the relative heading, presence
-SWARM_OWN_FEATURES = 9  # turn, crowding, mean of all seen (forward, left, cos, sin), obstacle (forward, left, presence)
+SWARM_PUSH = 2.0  # largest push forward and left, on a heading of length 1: enough to turn back
+SWARM_SPACING = 0.1  # distance at which cohesion is greatest [radius]
+SWARM_NEAR = 0.05  # distance within which a direction in an observation fades [radius]
+NEIGHBOR_FEATURES = 8  # forward, left, cos and sin of the heading, direction (forward, left), spacing, presence
+SWARM_OWN_FEATURES = 12  # turn, crowding, mean of all seen (7, as of a neighbour), obstacle (forward, left, presence)
 SWARM_REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
 
 # Columns of `terms`.
@@ -526,6 +529,7 @@ class SwarmParams(NamedTuple):
     speed: float  # [length / time]
     dt: float  # [time]
     max_turn: float  # largest turn in one step [rad]
+    by_turn: bool  # whether an action is the turn itself, or a push
     noise: float  # width of the uniform heading noise per step [rad]
     max_steps: int
     count_self: bool
@@ -634,7 +638,13 @@ def _swarm_move(env, actions, params, state, scratch):
 
     for i in range(position.shape[0]):
         # Turn
-        turn = min(max(np.float64(actions[env, i, 0]), -params.max_turn), params.max_turn)
+        if params.by_turn:
+            turn = np.float64(actions[env, i, 0])
+        else:
+            forward = min(max(np.float64(actions[env, i, 0]), -1.0), 1.0)
+            left = min(max(np.float64(actions[env, i, 1]), -1.0), 1.0)
+            turn = math.atan2(SWARM_PUSH * left, 1.0 + SWARM_PUSH * forward)
+        turn = min(max(turn, -params.max_turn), params.max_turn)
         state.turn[env, i] = turn
         if params.noise > 0.0:
             turn += _uniform(state.rng, env, -0.5 * params.noise, 0.5 * params.noise)
@@ -665,7 +675,16 @@ def _swarm_move(env, actions, params, state, scratch):
 @kernel
 def _closeness(distance, radius):
     """The published cohesion of one neighbour: a bell around a tenth of the radius."""
-    return math.exp(-((distance - 0.1 * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
+    return math.exp(-((distance - SWARM_SPACING * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
+
+
+@inlined
+def _observe_offset(forward, left, features):
+    """An offset [radii] at the scale on which the reward turns: its direction, which fades near 0, and the spacing."""
+    distance = math.sqrt(forward * forward + left * left)
+    features[0] = forward / (distance + SWARM_NEAR)
+    features[1] = left / (distance + SWARM_NEAR)
+    features[2] = (distance - SWARM_SPACING) / (distance + SWARM_SPACING)
 
 
 @inlined
@@ -753,7 +772,9 @@ def _swarm_observe(env, params, state, scratch, outputs):
             observations[i, feature + 1] = cos * dy - sin * dx
             observations[i, feature + 2] = cos * pose[other, 2] + sin * pose[other, 3]
             observations[i, feature + 3] = cos * pose[other, 3] - sin * pose[other, 2]
-            observations[i, feature + 4] = 1.0
+            near = observations[i, feature + 4 : feature + 7]
+            _observe_offset(observations[i, feature], observations[i, feature + 1], near)
+            observations[i, feature + 7] = 1.0
             neighbors[i, k] = order[other]
         for k in range(kept, n_neighbors):
             neighbors[i, k] = i
@@ -766,6 +787,8 @@ def _swarm_observe(env, params, state, scratch, outputs):
         observations[i, own + 3] = share * box_size / radius * (cos * sum_dy - sin * sum_dx)
         observations[i, own + 4] = share * (cos * sum_cos + sin * sum_sin)
         observations[i, own + 5] = share * (cos * sum_sin - sin * sum_cos)
+        if n_seen > 0:
+            _observe_offset(observations[i, own + 2], observations[i, own + 3], observations[i, own + 6 : own + 9])
 
         # Reward terms
         terms[i, SWARM_ALIGNMENT] = share * (cos * sum_cos + sin * sum_sin)
@@ -787,9 +810,9 @@ def _swarm_observe(env, params, state, scratch, outputs):
             cos, sin = direction[i, 0], direction[i, 1]
             distance, dx, dy = _nearest_obstacle(x, y, reach, obstacle, box_size, cells, order, start)
             if distance < math.inf:
-                observations[i, own + 6] = (cos * dx + sin * dy) / reach
-                observations[i, own + 7] = (cos * dy - sin * dx) / reach
-                observations[i, own + 8] = 1.0
+                observations[i, own + 9] = (cos * dx + sin * dy) / reach
+                observations[i, own + 10] = (cos * dy - sin * dx) / reach
+                observations[i, own + 11] = 1.0
 
 
 @inlined
@@ -864,17 +887,23 @@ class Swarm(NativeVectorEnv):
 
     Unlike there, an agent moves along its new heading, not the old. "Published" is Equivariant RL Swarm (see README).
 
-    Action (num_envs, n_agents, 1): the turn of this step, in [-max_turn, max_turn] rad; then one step straight ahead.
+    Action (num_envs, n_agents, 2): a push forward and left, each in [-1, 1]; the agent turns to where its heading
+    plus SWARM_PUSH times the push points, but at most by max_turn; then one step straight ahead. With steering="turn",
+    as published, (num_envs, n_agents, 1): that turn itself, in [-max_turn, max_turn] rad. Pushes are easier to learn:
+    the turn to what is behind jumps from -pi to pi where what it depends on goes on smoothly.
 
-    Observation (num_envs, n_agents, 5 * n_neighbors + 9), in the agent's own frame, so that moving or turning all that
+    Observation (num_envs, n_agents, 8 * n_neighbors + 12), in the agent's own frame, so that moving or turning all that
     there is changes nothing:
 
-        5 each    the `n_neighbors` nearest others within `radius`, nearest first: offset forward and left (in radii),
-                  cos and sin of the relative heading, 1 for presence; all zeros for an absent one
+        8 each    the `n_neighbors` nearest others within `radius`, nearest first: offset o forward and left (in radii),
+                  cos and sin of the relative heading, the offset once more at the scale on which the reward turns, as
+                  its direction o / (|o| + 0.05) and spacing (|o| - 0.1) / (|o| + 0.1), and 1 for presence; all zeros
+                  for an absent one
         1         the last turn (in max_turn)
         1         crowding, n / (n + n_neighbors), of n others within `radius`
-        4         offset, cos and sin, as means over all these n; without them an agent in a tight crowd would see
-                  nothing beyond its nearest neighbours and could not rejoin the rest
+        7         offset, cos and sin, as means over all these n, and direction and spacing of the mean offset; without
+                  them an agent in a tight crowd would see nothing beyond its nearest neighbours and could not rejoin
+                  the rest
         3         the nearest obstacle: its centre forward and left (in radius + SWARM_OBSTACLE_RADIUS), 1 for presence
 
     `infos["neighbors"]` (num_envs, n_agents, n_neighbors) says who those neighbours are; where one is absent, it has
@@ -917,6 +946,7 @@ class Swarm(NativeVectorEnv):
         speed=1.0,
         dt=0.2,
         max_turn=math.pi,
+        steering="push",
         noise=0.0,
         n_neighbors=6,
         n_obstacles=0,
@@ -940,6 +970,8 @@ class Swarm(NativeVectorEnv):
         if n_obstacles * math.pi * SWARM_OBSTACLE_RADIUS**2 > 0.5 * box_size**2:
             most = int(0.5 * box_size**2 / (math.pi * SWARM_OBSTACLE_RADIUS**2))
             raise ValueError(f"n_obstacles is {n_obstacles}: at most {most} fill half of a box of side {box_size:g}")
+        if steering not in ("push", "turn"):
+            raise ValueError(f"steering is {steering!r}: it must be 'push' or 'turn'")
         if not isinstance(count_self, bool):
             raise ValueError(f"count_self is {count_self!r}: it must be True or False")
         weights = dict(
@@ -956,6 +988,7 @@ class Swarm(NativeVectorEnv):
             speed=_number("speed", speed, 0.0),
             dt=_number("dt", dt, 1e-6),
             max_turn=_number("max_turn", max_turn, 1e-6, math.pi),
+            by_turn=steering == "turn",
             noise=_number("noise", noise, 0.0, 2.0 * math.pi),
             max_steps=_integer("max_steps", max_steps, 1),
             count_self=count_self,
@@ -964,12 +997,15 @@ class Swarm(NativeVectorEnv):
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
         self.max_steps = self.params.max_steps
-        absent_low = np.tile(np.float32([-1, -1, -1, -1, 0]), n_neighbors)
-        low = np.concatenate([absent_low, np.float32([-1, 0, -1, -1, -1, -1, -1, -1, 0])])
+        neighbor_low = np.float32([-1, -1, -1, -1, -1, -1, -1, 0])
+        own_low = np.float32([-1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0])
+        low = np.concatenate([np.tile(neighbor_low, n_neighbors), own_low])
+        turns = gym.spaces.Box(-self.params.max_turn, self.params.max_turn, (n_agents, 1), np.float32)
+        pushes = gym.spaces.Box(-1.0, 1.0, (n_agents, 2), np.float32)
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
-            gym.spaces.Box(-self.params.max_turn, self.params.max_turn, (n_agents, 1), np.float32),
+            turns if self.params.by_turn else pushes,
             render_mode,
             first_env,
         )
@@ -1050,15 +1086,40 @@ def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
 
     def act(observations, infos):
         features = observations[..., :-SWARM_OWN_FEATURES]  # (num_envs, n_agents, n_neighbors * NEIGHBOR_FEATURES)
-        forward, left, cos, sin, present = np.moveaxis(
-            features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES), -1, 0
-        )
+        seen = features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES)
+        forward, left, cos, sin, _, _, _, present = np.moveaxis(seen, -1, 0)
         counted = present * (np.hypot(forward, left) <= reach)  # (num_envs, n_agents, n_neighbors)
         turn = np.arctan2((counted * sin).sum(-1), 1.0 + (counted * cos).sum(-1))
         turn += rng.uniform(-0.5 * noise, 0.5 * noise, turn.shape)
-        return np.clip(turn, -params.max_turn, params.max_turn)[..., None].astype(np.float32)
+        return _swarm_actions(turn, params)
 
     return act
+
+
+def boids_policy(envs, own=0.3, align=0.5, cohesion=12.0, keep=0.1):
+    """Reynolds (SIGGRAPH 1987), without separation: turn to own heading + align * mean heading + cohesion * pull.
+
+    The means are over all within the radius; the pull is the part of their mean offset that is longer than `keep`
+    [radii]. The defaults are the best for 10 agents of the grid in benchmarks/swarm_learning.py.
+    """
+    params = envs.params
+
+    def act(observations, infos):
+        mean = observations[..., 2 - SWARM_OWN_FEATURES :]  # (num_envs, n_agents, ...), of all seen
+        offset = mean[..., 0:2]
+        distance = np.linalg.norm(offset, axis=-1, keepdims=True)
+        pull = np.maximum(distance - keep, 0.0) * offset / np.maximum(distance, 1e-9)
+        forward, left = np.moveaxis(own * np.array([1.0, 0.0]) + align * mean[..., 2:4] + cohesion * pull, -1, 0)
+        return _swarm_actions(np.arctan2(left, forward), params)
+
+    return act
+
+
+def _swarm_actions(turn, params):
+    """Turns (num_envs, n_agents) [rad] as actions."""
+    turn = np.clip(turn, -params.max_turn, params.max_turn)
+    actions = turn[..., None] if params.by_turn else np.stack([np.cos(turn) - 1.0, np.sin(turn)], axis=-1) / SWARM_PUSH
+    return actions.astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2219,7 +2280,8 @@ def baselines(env_id, **env_kwargs):
         return {"random": (random_policy, env_kwargs)}
     # Vicsek averages over all within the radius, here its 40 nearest; what is seen changes nothing in the physics.
     see_all = env_kwargs | {"n_neighbors": max(1, min(env_kwargs.get("n_agents", 10) - 1, 40))}
-    return {"vicsek": (vicsek_policy, see_all), "random": (random_policy, env_kwargs)}
+    rules = {"boids": (boids_policy, env_kwargs), "vicsek": (vicsek_policy, see_all)}
+    return rules | {"random": (random_policy, env_kwargs)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -101,16 +101,21 @@ def test_where_nothing_is_drawn_there_is_no_recording_and_it_says_so(tmp_path, c
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The Vicsek model
+# Vicsek
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def turns(position, heading, **policy):
+def turns(position, heading, rule=envs.vicsek_policy, **policy):
     """The turns [rad] of the agents of one swarm in a box of side 10 that see to 1.5."""
     n_agents = len(heading)
-    world = envs.make_vec("Swarm", 1, 0, n_agents=n_agents, box_size=10.0, n_neighbors=max(1, n_agents - 1))
-    start = world.reset(seed=0, options={"position": [position], "heading": [heading]})
-    return envs.vicsek_policy(world, **policy)(*start)[0, :, 0]
+    found = []
+    for steering in ("turn", "push"):
+        kwargs = dict(n_agents=n_agents, box_size=10.0, n_neighbors=max(1, n_agents - 1), steering=steering)
+        world = envs.make_vec("Swarm", 1, 0, **kwargs)
+        start = world.reset(seed=0, options={"position": [position], "heading": [heading]})
+        found.append(rule(world, **policy)(*start)[0])
+    np.testing.assert_allclose(np.angle(1 + 2 * (found[1][:, 0] + 1j * found[1][:, 1])), found[0][:, 0], atol=1e-6)
+    return found[0][:, 0]
 
 
 def test_two_agents_turn_to_the_mean_of_their_headings():
@@ -138,7 +143,7 @@ def test_its_noise_is_uniform_and_as_wide_as_it_says_and_drawn_by_its_seed():
 
 
 def test_it_turns_no_further_than_its_swarm_can():
-    world = envs.make_vec("Swarm", 1, 0, n_agents=2, max_turn=0.2)
+    world = envs.make_vec("Swarm", 1, 0, n_agents=2, max_turn=0.2, steering="turn")
     start = world.reset(seed=0, options={"position": [[[1, 1], [1, 1.5]]], "heading": [[0, 3]]})
     found = envs.vicsek_policy(world)(*start)
     np.testing.assert_allclose(found[0, :, 0], [0.2, -0.2], atol=1e-6)
@@ -146,8 +151,11 @@ def test_it_turns_no_further_than_its_swarm_can():
 
 
 def test_as_a_baseline_it_sees_more_neighbours_in_the_same_world():
-    (make_policy, env_kwargs), (_, plain) = envs.baselines("Swarm", n_agents=30, box_size=8.0).values()
-    assert make_policy is envs.vicsek_policy and plain == dict(n_agents=30, box_size=8.0)
+    rules = envs.baselines("Swarm", n_agents=30, box_size=8.0)
+    assert list(rules) == ["boids", "vicsek", "random"]
+    make_policy, env_kwargs = rules["vicsek"]
+    plain = rules["random"][1]
+    assert make_policy is envs.vicsek_policy and plain == rules["boids"][1] == dict(n_agents=30, box_size=8.0)
     assert env_kwargs == plain | dict(n_neighbors=29)
     assert envs.baselines("Swarm", n_agents=1)["vicsek"][1]["n_neighbors"] == 1
     assert envs.baselines("Swarm", n_agents=500)["vicsek"][1]["n_neighbors"] == 40
@@ -155,7 +163,35 @@ def test_as_a_baseline_it_sees_more_neighbours_in_the_same_world():
     for kwargs in (env_kwargs, plain):
         world = envs.make_vec("Swarm", 2, 0, **kwargs)
         world.reset(seed=4)
-        steps = [world.step(np.full((2, 30, 1), 0.1, np.float32))[1] for _ in range(10)]
+        steps = [world.step(np.full((2, 30, 2), 0.1, np.float32))[1] for _ in range(10)]
         runs.append((np.array(steps), world.get_state()["position"]))
     for one, other in zip(*runs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boids
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_boids_turn_to_their_rule_worked_out_from_where_everybody_is():
+    rng = np.random.default_rng(1)
+    position, heading = rng.uniform(0, 10, (60, 2)), rng.uniform(-math.pi, math.pi, 60)
+    for own, align, cohesion, keep in ((0.3, 0.5, 12.0, 0.1), (1.0, 2.0, 6.0, 0.4), (1.0, 0.0, 0.0, 0.0)):
+        expected = []
+        for i in range(60):
+            offset = (position - position[i] + 5) % 10 - 5
+            near = [j for j in range(60) if j != i and math.hypot(*offset[j]) <= 1.5]
+            wish = own * np.exp(1j * heading[i])  # as complex numbers, in the frame of the world
+            if near:
+                wish += align * np.exp(1j * heading[near]).mean()
+                centre = complex(*offset[near].mean(axis=0)) / 1.5
+                wish += cohesion * max(abs(centre) - keep, 0.0) * centre / abs(centre)
+            expected.append(np.angle(wish * np.exp(-1j * heading[i])))
+        rule = dict(own=own, align=align, cohesion=cohesion, keep=keep)
+        np.testing.assert_allclose(turns(position, heading, envs.boids_policy, **rule), expected, atol=1e-4)
+
+
+def test_boids_alone_or_all_in_one_place_fly_straight_on():
+    np.testing.assert_allclose(turns([[5, 5]], [1.0], envs.boids_policy), [0], atol=1e-6)
+    np.testing.assert_allclose(turns([[5, 5]] * 3, [1.0] * 3, envs.boids_policy), [0] * 3, atol=1e-6)

@@ -560,7 +560,7 @@ def test_tensorboard_has_all_tags(finished):
     for metric in envs.Swarm.stat_names[2:]:
         assert {f"episode/{metric}", f"eval/{metric}"} <= tags
     assert any("rollout" in tag for tag in tags) and any("update" in tag for tag in tags)
-    assert {f"test/{policy}" for policy in ("ppo_swarm", "sampled", "vicsek", "random")} <= tags
+    assert {f"test/{policy}" for policy in ("ppo_swarm", "sampled", "boids", "vicsek", "random")} <= tags
 
 
 def test_tensorboard_holds_no_nan(finished):
@@ -609,7 +609,7 @@ def test_sps_counts_agent_steps_by_the_clock(finished):
 
 def test_the_closing_table_compares_with_vicsek_and_random(finished):
     rows = table(finished.output)
-    assert list(rows)[1:] == ["ppo_swarm", "sampled", "vicsek", "random"]
+    assert list(rows)[1:] == ["ppo_swarm", "sampled", "boids", "vicsek", "random"]
     header = rows.pop(next(iter(rows)))
     assert "polar_order" in header and all(len(cells) == len(header) for cells in rows.values())
     for cells in rows.values():
@@ -969,7 +969,7 @@ def test_evaluate_takes_another_number_of_agents(larger, policy, critic, share_c
     trained, evaluated = larger[policy, critic, share_critic]
     assert trained.code == 0, trained.output
     assert evaluated.code == 0, evaluated.output
-    assert list(table(evaluated.output))[1:] == ["ppo_swarm", "sampled", "vicsek", "random"]
+    assert list(table(evaluated.output))[1:] == ["ppo_swarm", "sampled", "boids", "vicsek", "random"]
     assert table(evaluated.output) != table(trained.output)
 
 
@@ -1060,7 +1060,7 @@ def ranks(tmp_path_factory):
 def test_torchrun_trains_in_one_folder_with_one_model(ranks):
     names = contents(ranks.folder)
     assert names[:2] == ["eval.mp4", "eval.png"] and names[-1] == "model.pt" and len(names) == 4
-    assert list(table(ranks.output))[1:] == ["ppo_swarm", "sampled", "vicsek", "random"]
+    assert list(table(ranks.output))[1:] == ["ppo_swarm", "sampled", "boids", "vicsek", "random"]
     assert curves(ranks.folder)["losses/value_loss"][0][0] == 2 * PER_UPDATE
 
 

@@ -107,8 +107,14 @@ class Reference:
             self.decide(np.diff(distances[others]))
             yield i, np.array(others, int), distances[others]
 
+    @staticmethod
+    def near(offset):
+        """Direction and spacing of an offset in radii."""
+        distance = math.hypot(*offset)
+        return [*np.divide(offset, distance + 0.05), (distance - 0.1) / (distance + 0.1)]
+
     def observe(self):
-        """Observations (n_agents, 5 * n_neighbors + 9) and neighbours (n_agents, n_neighbors)."""
+        """Observations (n_agents, 8 * n_neighbors + 12) and neighbours (n_agents, n_neighbors)."""
         observations, neighbors = [], []
         ways, obstacle_ways = self.ways_to(self.position), self.ways_to(self.obstacle)
         for i, others, _ in self.others_seen():
@@ -116,15 +122,15 @@ class Reference:
             for j in others[: self.n_neighbors]:
                 relative = self.heading[j] - self.heading[i]
                 features += [*np.divide(self.own_frame(i, ways[i, j]), self.radius)]
-                features += [math.cos(relative), math.sin(relative), 1]
-            features += [0] * (5 * self.n_neighbors - len(features))
+                features += [math.cos(relative), math.sin(relative), *self.near(features[-2:]), 1]
+            features += [0] * (8 * self.n_neighbors - len(features))
             features += [self.turn[i] / self.max_turn, len(others) / (len(others) + self.n_neighbors)]
             if len(others) > 0:
                 relative = self.heading[others] - self.heading[i]
                 features += [*np.divide(self.own_frame(i, ways[i, others].mean(axis=0)), self.radius)]
-                features += [np.cos(relative).mean(), np.sin(relative).mean()]
+                features += [np.cos(relative).mean(), np.sin(relative).mean(), *self.near(features[-2:])]
             else:
-                features += [0, 0, 0, 0]
+                features += [0] * 7
             distances, reach = np.hypot(*obstacle_ways[i].T), self.radius + OBSTACLE_RADIUS
             self.decide(distances - reach, np.diff(np.sort(distances)))
             if np.any(distances <= reach):
@@ -142,8 +148,8 @@ class Reference:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make(num_envs=1, **env_kwargs):
-    return envs.make_vec("Swarm", num_envs, num_workers=0, **env_kwargs)
+def make(num_envs=1, steering="turn", **env_kwargs):
+    return envs.make_vec("Swarm", num_envs, num_workers=0, steering=steering, **env_kwargs)
 
 
 def random_actions(vector, steps, seed=0, reach=math.pi):
@@ -272,20 +278,20 @@ def test_a_swarm_of_hundreds_in_a_grid_matches_the_reference(n_obstacles):
 
 def test_two_agents_by_hand():
     vector = make(n_agents=2, n_neighbors=1, box_size=10)
-    start = {"position": [[[5, 5], [5.6, 5.3]]], "heading": [[0, math.pi / 2]]}
+    start = {"position": [[[5, 5], [5.45, 5.6]]], "heading": [[0, math.pi / 2]]}
     observations, infos = vector.reset(seed=0, options=start)
-    # The first looks along x and has the second 0.6 ahead and 0.3 to its left; the second looks along y.
-    crowding, no_obstacle = 0.5, [0, 0, 0]
-    np.testing.assert_allclose(
-        observations[0, 0], [0.4, 0.2, 0, 1, 1, 0, crowding, 0.4, 0.2, 0, 1, *no_obstacle], atol=1e-7
-    )
-    np.testing.assert_allclose(
-        observations[0, 1], [-0.2, 0.4, 0, -1, 1, 0, crowding, -0.2, 0.4, 0, -1, *no_obstacle], atol=1e-7
-    )
+    # The first looks along x and has the second 0.45 ahead and 0.6 to its left, half a radius away; the second looks
+    # along y. Directions are 0.3 / 0.55 and 0.4 / 0.55, spacing (0.5 - 0.1) / (0.5 + 0.1).
+    own, no_obstacle = [0, 0.5], [0, 0, 0]
+    first = [0.3, 0.4, 0, 1, 6 / 11, 8 / 11, 2 / 3]
+    second = [-0.4, 0.3, 0, -1, -8 / 11, 6 / 11, 2 / 3]
+    for agent, seen in enumerate((first, second)):
+        expected = [*seen, 1, *own, *seen, *no_obstacle]
+        np.testing.assert_allclose(observations[0, agent], expected, atol=1e-7)
     np.testing.assert_array_equal(infos["neighbors"], [[[1], [0]]])
     # A quarter turn to the left each, then 0.2 straight ahead: one goes up, the other back along x.
     vector.step(np.full((1, 2, 1), math.pi / 2))
-    np.testing.assert_allclose(vector.get_state()["position"][0], [[5, 5.2], [5.4, 5.3]], atol=1e-7)
+    np.testing.assert_allclose(vector.get_state()["position"][0], [[5, 5.2], [5.25, 5.6]], atol=1e-7)
 
 
 def test_an_agent_that_leaves_the_box_comes_in_on_the_other_side():
@@ -387,8 +393,31 @@ def test_count_self_gives_a_lone_agent_cohesion_and_nothing_else():
         assert infos["episode"]["cohesion"][0] == pytest.approx(cohesion, abs=1e-12)
         assert infos["episode"]["collisions"][0] == 0
         own_turn = [0.5 / math.pi]  # all else is zero: no neighbours, no crowding, no obstacle
-        np.testing.assert_allclose(infos["final_obs"][0, 0], [0] * 30 + own_turn + [0] * 8, atol=1e-7)
+        np.testing.assert_allclose(infos["final_obs"][0, 0], [0] * 48 + own_turn + [0] * 11, atol=1e-7)
         assert not observations.any()
+
+
+@given(seed=st.integers(0, 2**32 - 1), max_turn=st.floats(0.05, math.pi))
+def test_a_push_turns_to_the_sum_of_heading_and_push(seed, max_turn):
+    world = dict(n_agents=12, n_obstacles=1, max_turn=max_turn, noise=0.3)
+    by_turn = make(3, "turn", **world)
+    by_push = make(3, "push", **world)
+    by_turn.reset(seed=seed)
+    by_push.reset(seed=seed)
+    pushes = np.random.default_rng(seed).uniform(-1.0, 1.0, (3, 12, 2))
+    turns = np.angle(1.0 + 2.0 * (pushes[..., :1] + 1j * pushes[..., 1:]))
+    one, other = by_turn.step(turns), by_push.step(pushes)
+    np.testing.assert_allclose(other[0], one[0], atol=1e-5)
+    np.testing.assert_allclose(other[1], one[1], atol=1e-5)
+
+
+def test_no_push_is_straight_on_and_a_long_one_is_cut_to_its_bounds():
+    turns = {(0.0, 0.0): 0.0, (-0.5, 0.5): math.pi / 2, (5.0, 9.0): math.atan(2 / 3), (-9.0, 0.0): math.pi}
+    for action, turn in turns.items():
+        vector = make(1, "push", n_agents=1)
+        vector.reset(seed=0)
+        observations, *_ = vector.step(np.array([[action]]))
+        assert observations[0, 0, -12] == pytest.approx(turn / math.pi, abs=1e-6)
 
 
 def test_headings_stay_unit_vectors_and_positions_in_the_box_over_10000_steps():
@@ -474,9 +503,8 @@ def test_a_mirrored_world_with_mirrored_actions_is_mirrored(seed):
     mirrored = {name: start[name] * (1, -1) % 8.0 for name in ("position", "obstacle")}
     mirrored["heading"] = -start["heading"]
     observations, neighbors, rewards = rollout(start, actions, **WORLD)
-    sign = np.concatenate(
-        [np.tile([1, -1, 1, -1, 1], 6), [-1, 1, 1, -1, 1, -1, 1, -1, 1]]
-    )  # left, sin and turn change sign
+    of_one = [1, -1, 1, -1, 1, -1, 1]  # left and sin change sign
+    sign = np.concatenate([np.tile([*of_one, 1], 6), [-1, 1], of_one, [1, -1, 1]])  # and the turn
     assert_same_rollout((observations * sign, neighbors, rewards), rollout(mirrored, -actions, **WORLD))
 
 
@@ -542,7 +570,7 @@ def test_noise_is_uniform_and_as_wide_as_it_says(noise):
         before = headings(vector)
         observations, _, _, _, _ = vector.step(np.zeros(vector.action_space.shape))
         turns.append((headings(vector) - before + math.pi) % (2 * math.pi) - math.pi)
-        assert not observations[..., -9].any()  # the last turn that is seen is the commanded one
+        assert not observations[..., -12].any()  # the last turn that is seen is the commanded one
     turns = np.array(turns)  # (10, 20, 50)
     assert np.abs(turns).max() <= noise / 2 + 1e-12
     assert from_uniform(np.clip(turns, -noise / 2, noise / 2), -noise / 2, noise / 2) < 1
@@ -603,9 +631,11 @@ def test_the_largest_allowed_values_are_taken():
 
 def test_spaces_have_the_shapes_types_and_bounds_of_the_contract():
     vector = make(4, n_agents=7, n_neighbors=3, max_turn=0.5)
-    assert vector.single_observation_space.shape == (7, 24) and vector.observation_space.shape == (4, 7, 24)
+    assert vector.single_observation_space.shape == (7, 36) and vector.observation_space.shape == (4, 7, 36)
     assert vector.single_action_space.shape == (7, 1) and vector.action_space.shape == (4, 7, 1)
     assert (vector.action_space.low == -0.5).all() and (vector.action_space.high == 0.5).all()
+    pushes = make(4, "push", n_agents=7, max_turn=0.5).action_space
+    assert pushes.shape == (4, 7, 2) and (pushes.low == -1).all() and (pushes.high == 1).all()
     assert vector.observation_space.dtype == vector.action_space.dtype == np.float32
     observations, _ = vector.reset(seed=0)
     returned = vector.step(vector.action_space.sample())
@@ -625,9 +655,9 @@ def test_observations_of_random_runs_lie_in_the_space_and_reach_its_bounds(n_age
     vector = make(8, n_agents=n_agents, box_size=12.0, n_obstacles=20, max_steps=20, noise=0.3)
     observations = [vector.reset(seed=0)[0], *(step[0] for step in play(vector, random_actions(vector, 60, reach=4)))]
     assert all(vector.observation_space.contains(each) for each in observations)
-    own = np.array(observations)[..., -9:]
+    own = np.array(observations)[..., -12:]
     assert own[..., 0].min() == -1 and own[..., 0].max() == 1  # actions of 4 are turns of max_turn
-    assert own[..., 6:8].min() < -0.9 and own[..., 6:8].max() > 0.9  # obstacles are seen all round
+    assert own[..., 9:11].min() < -0.9 and own[..., 9:11].max() > 0.9  # obstacles are seen all round
 
 
 def test_max_turn_in_float32_is_inside_the_observation_space():
