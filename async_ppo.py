@@ -6,7 +6,7 @@
         --vtrace                                correct the returns for the lag of the policy that acted
         --rnd-coef 1                            explore, by Random Network Distillation
         --evaluate runs/NAME/model.pt
-    torchrun --nproc-per-node 2 async_ppo.py    data-parallel: each process has actors of its own
+    torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has actors of its own
     tensorboard --logdir runs
 
 Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps,

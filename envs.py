@@ -2852,12 +2852,19 @@ class Run:
             self.progress.set_postfix_str(text, refresh=False)
 
     def evaluate(self, model):
-        """If it is time: held-out episodes with the policy; its weights, `model`, are kept if it is the best so far."""
+        """If it is time: held-out episodes with the policy, without its noise and with it.
+
+        Its weights, `model`, are kept if it is, without noise, the best so far.
+        """
         if self.rank > 0 or not self._is_due("eval_every"):
             return
         episodes = self.args["eval_episodes"]
         stats, _, _ = evaluate(self.make_policy, self.env_id, episodes, VALIDATION_SEED, **self.env_kwargs)
-        self.events.add_scalars({f"eval/{name}": values.mean() for name, values in stats.items()}, self.step)
+        make_sampled = partial(self.make_policy, greedy=False)
+        sampled, _, _ = evaluate(make_sampled, self.env_id, episodes, VALIDATION_SEED, **self.env_kwargs)
+        scalars = {f"eval/{name}": values.mean() for name, values in stats.items()}
+        scalars |= {f"eval/sampled_{name}": values.mean() for name, values in sampled.items()}
+        self.events.add_scalars(scalars, self.step)
         score = float(stats["r"].mean())
         self._check_finite("the held-out return", score)
         content = {"args": self.args, "model": model, "score": score}
@@ -2867,6 +2874,7 @@ class Run:
             self._record(f"{self.step}.mp4")
         per_step = (stats["r"] / stats["l"]).mean()
         text = f"return {score:.2f}, {per_step:.3f} a step, length {stats['l'].mean():.0f}"
+        text += f", with noise {sampled['r'].mean():.2f}"
         self.progress.write(f"step {self.step:,}: held-out {text}{', the best so far' if best else ''}")
 
     def checkpoint_due(self):

@@ -5,7 +5,7 @@
         --env-id SparseLunarLander              a reward at the end only
         --env-id LunarLander-v3                 Gymnasium's own lander, on forked workers
         --evaluate runs/NAME/model.pt --eval-env-id LunarLander-v3      judged by Gymnasium's own lander
-    torchrun --nproc-per-node 2 grpo_hybrid.py    data-parallel: each process has groups of its own
+    torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has groups of its own
     tensorboard --logdir runs
 
 An iteration runs groups of episodes, scores every step against its group instead of a critic, and takes clipped

@@ -1,10 +1,10 @@
 """PPO for swarms: one policy, run by every agent on what it sees itself.
 
-    python ppo_swarm.py                         train on Swarm with 10 agents, then compare with Vicsek
+    python ppo_swarm.py                         train on Swarm with 10 agents, then compare with boids
         --env-id Swarm --policy attention       agents that pass messages to their neighbours
         --critic central                        MAPPO: a critic that sees the whole swarm
         --evaluate runs/NAME/model.pt --n-agents 100
-    torchrun --nproc-per-node 2 ppo_swarm.py    data-parallel: each process has environments of its own
+    torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
 Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv 2011.09533),

@@ -252,5 +252,13 @@ def spread(values, digits=0):
     return f"{np.mean(values):.{digits}f} +- {np.std(values):.{digits}f}"
 
 
+def mean_and_interval(values, digits=3):
+    """Mean over seeds, and the 95% interval of the mean by bootstrap over them."""
+    values = np.asarray(values)
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def median_and_range(values, digits=1):
     return f"{np.median(values):.{digits}f} ({np.min(values):.{digits}f} to {np.max(values):.{digits}f})"

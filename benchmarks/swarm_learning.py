@@ -1,12 +1,15 @@
-"""What ppo_swarm.py learns on Swarm, against a tuned Vicsek model. From the repository's root, 45 minutes on 2 cores:
+"""What ppo_swarm.py learns on Swarm, against the best rules of a grid. From the repository's root:
 
-    python benchmarks/swarm_learning.py
+    python benchmarks/swarm_learning.py                                              10 agents, 10 minutes on 2 cores
+    python benchmarks/swarm_learning.py --n-agents 40 --seeds 1 2 3 4 5              15 minutes
+    python benchmarks/swarm_learning.py --policies gnn attention --critics local central --seeds 1 2 3 4 5
 
-Trains every network with every critic, for 10 agents and for the published setting of 40, with seeds 1, 2 and 3, two
-runs side by side with one torch thread each, by the command `python ppo_swarm.py --n-agents N --policy P --critic C
---seed S` and default flags else. Prints one table of the reward per agent-step on 100 held-out episodes, and one of the
-policies trained with 10 agents, run with 100 and 1,000 at the same density. Minutes are wall time of the whole command.
-A run that is already complete under --folder is not trained again.
+For each setting `python ppo_swarm.py --n-agents N --policy P --critic C --seed S`, with FLAGS for 40 agents and default
+flags else, two runs side by side with one torch thread each. Prints one table of the reward per agent-step on 100
+held-out episodes, mean over seeds with its 95% bootstrap interval, and one of the policies run with other numbers of
+agents at the same density. Minutes are wall time of the whole command. The rules, boids and Vicsek, are the best of a
+grid over their parameters, picked on other episodes. A run that is already complete under --folder is not trained
+again.
 """
 
 from dataclasses import dataclass
@@ -16,20 +19,22 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import EPISODES, evaluate, load_policy, print_head, print_row, spread, train, two_at_once
+from common import EPISODES, evaluate, load_policy, mean_and_interval, print_head, print_row, train, two_at_once
 
 import envs
 
-SIZES = (10, 100, 1000)  # agents, that policies trained with 10 are run with
+FLAGS = {40: "--num-envs 32 --total-timesteps 8000000"}  # by the number of agents
+SIZES = {10: 100, 40: 100, 100: 100, 1000: 10}  # agents, that policies are run with, and in how many episodes
 
 
 @dataclass
 class Options:
     folder: Path = Path("runs/swarm_learning")  # where the runs go
-    seeds: tuple[int, ...] = (1, 2, 3)
-    n_agents: tuple[int, ...] = (10, 40)
-    policies: tuple[str, ...] = ("mlp", "gnn", "attention")
-    critics: tuple[str, ...] = ("local", "central")
+    seeds: tuple[int, ...] = tuple(range(1, 11))
+    n_agents: tuple[int, ...] = (10,)
+    policies: tuple[str, ...] = ("mlp",)
+    critics: tuple[str, ...] = ("local",)
+    count_self: bool = False  # the published reward to the letter: an agent counts among its own neighbours
 
 
 def per_step(make_policy, num_episodes=EPISODES, seed=None, **env_kwargs):
@@ -42,72 +47,74 @@ def trained(run):
     return load_policy("ppo_swarm", run.path / "model.pt")
 
 
-def tuned_vicsek(**env_kwargs):
-    """The best of a grid over its radius and noise on other episodes; it sees its 40 nearest within the radius."""
+def tuned(rule, grid, num_episodes, **env_kwargs):
+    """(score, polar order, description) of the best of a grid {argument: values} for a rule."""
+    names = list(grid)
+    candidates = [partial(rule, **dict(zip(names, values, strict=True))) for values in product(*grid.values())]
+    scores = [per_step(policy, num_episodes, envs.VALIDATION_SEED, **env_kwargs)[0] for policy in candidates]
+    best = candidates[int(np.argmax(scores))]
+    score, order = per_step(best, num_episodes, **env_kwargs)
+    return score, order, ", ".join(f"{name} {value:g}" for name, value in best.keywords.items())
+
+
+def tuned_boids(num_episodes=EPISODES, **env_kwargs):
+    grid = {"own": (0.3, 1.0), "align": (0.5, 1.0, 2.0), "cohesion": (3.0, 6.0, 12.0), "keep": (0.05, 0.1)}
+    return tuned(envs.boids_policy, grid, num_episodes, **env_kwargs)
+
+
+def tuned_vicsek(num_episodes=EPISODES, **env_kwargs):
+    """It sees its 40 nearest within the radius."""
     env_kwargs["n_neighbors"] = min(env_kwargs["n_agents"] - 1, 40)
-    grid = [
-        partial(envs.vicsek_policy, radius=radius, noise=noise)
-        for radius in (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
-        for noise in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-    ]
-    best = max(grid, key=lambda policy: per_step(policy, seed=envs.VALIDATION_SEED, **env_kwargs)[0])
-    return per_step(best, **env_kwargs), f"radius {best.keywords['radius']:g}, noise {best.keywords['noise']:g}"
+    grid = {"radius": (0.2, 0.3, 0.5, 0.75, 1.0, 1.5), "noise": (0.0, 0.1, 0.2, 0.4)}
+    return tuned(envs.vicsek_policy, grid, num_episodes, **env_kwargs)
 
 
 def main(options):
-    def run(n_agents, policy, critic, count_self, seed):
-        flags = f"--n-agents {n_agents} --policy {policy} --critic {critic} --seed {seed}"
-        if count_self:
+    def run(n_agents, policy, critic, seed):
+        flags = f"--n-agents {n_agents} --policy {policy} --critic {critic} --seed {seed} {FLAGS.get(n_agents, '')}"
+        if options.count_self:
             flags += " --env-kwargs count_self True"
-        return train("ppo_swarm.py", flags, options.folder / f"{n_agents}-{policy}-{critic}-{count_self}-{seed}")
+        name = f"{n_agents}-{policy}-{critic}-{options.count_self}-{seed}"
+        return train("ppo_swarm.py", flags, options.folder / name)
 
-    settings = list(product(options.n_agents, options.policies, options.critics, (False,)))
-    if 40 in options.n_agents:
-        settings.append((40, "mlp", "local", True))
+    settings = list(product(options.n_agents, options.policies, options.critics))
     runs = two_at_once(run, [(*setting, seed) for setting in settings for seed in options.seeds])
 
-    print(f"\nReward per agent-step on {EPISODES} held-out episodes; mean +- std over seeds {options.seeds}\n")
-    heads = "agents, own cohesion, policy, critic, trained, worst seed, polar order, minutes, tuned Vicsek, random"
-    print_head(*heads.split(", "))
-    baselines = {}
-    for n_agents, policy, critic, count_self in settings:
-        env_kwargs = dict(n_agents=n_agents, count_self=count_self)
-        if (n_agents, count_self) not in baselines:
-            (vicsek, _), best = tuned_vicsek(**env_kwargs)
-            random, _ = per_step(envs.random_policy, **env_kwargs)
-            baselines[n_agents, count_self] = (f"{vicsek:.3f} ({best})", f"{random:.3f}")
-        mine = [runs[n_agents, policy, critic, count_self, seed] for seed in options.seeds]
-        scores, orders = np.transpose([per_step(trained(run), **env_kwargs) for run in mine])
-        print_row(
-            n_agents,
-            "counted" if count_self else "no",
-            policy,
-            critic,
-            spread(scores, 3),
-            f"{scores.min():.3f}",
-            spread(orders, 3),
-            f"{np.mean([run.minutes for run in mine]):.1f}",
-            *baselines[n_agents, count_self],
-        )
+    print(f"\nReward per agent-step on {EPISODES} held-out episodes; seeds {options.seeds}\n")
+    print_head("agents", "policy", "critic", "reward", "worst seed", "sampled", "polar order", "minutes")
+    for n_agents in options.n_agents:
+        env_kwargs = dict(n_agents=n_agents, count_self=options.count_self)
+        for name, rule in (("boids", tuned_boids), ("Vicsek", tuned_vicsek)):
+            score, order, description = rule(**env_kwargs)
+            print_row(n_agents, f"{name} ({description})", "", f"{score:.3f}", "", "", f"{order:.3f}", "")
+        score, order = per_step(envs.random_policy, **env_kwargs)
+        print_row(n_agents, "random", "", f"{score:.3f}", "", "", f"{order:.3f}", "")
+        for policy, critic in product(options.policies, options.critics):
+            mine = [runs[n_agents, policy, critic, seed] for seed in options.seeds]
+            scores, orders = np.transpose([per_step(trained(run), **env_kwargs) for run in mine])
+            sampled = [per_step(partial(trained(run), greedy=False), **env_kwargs)[0] for run in mine]
+            print_row(
+                n_agents,
+                policy,
+                critic,
+                mean_and_interval(scores),
+                f"{scores.min():.3f}",
+                mean_and_interval(sampled),
+                mean_and_interval(orders),
+                f"{np.mean([run.minutes for run in mine]):.1f}",
+            )
 
-    print(
-        "\nTrained with 10 agents, run with more at the same density: reward per agent-step, polar order; 20 episodes\n"
-    )
-    print_head("policy", "critic", *(f"{n_agents:,}" for n_agents in SIZES))
-    for policy, critic in product(options.policies, options.critics):
+    print("\nRun with other numbers of agents at the same density: reward per agent-step, polar order\n")
+    print_head("policy", "critic", "trained with", *(f"{size:,}" for size in SIZES))
+    rules = {size: tuned_boids(num_episodes, n_agents=size) for size, num_episodes in SIZES.items()}
+    print_row("boids, tuned", "", "", *(f"{score:.3f}, {order:.3f}" for score, order, _ in rules.values()))
+    for n_agents, policy, critic in settings:
         cells = []
-        for n_agents in SIZES:
-            mine = [runs[10, policy, critic, False, seed] for seed in options.seeds]
-            scores, orders = np.transpose([per_step(trained(run), 20, n_agents=n_agents) for run in mine])
-            cells.append(f"{spread(scores, 3)}, {spread(orders, 3)}")
-        print_row(policy, critic, *cells)
-    for name in ("vicsek", "random"):
-        cells = []
-        for n_agents in SIZES:
-            make_policy, env_kwargs = envs.baselines("Swarm", n_agents=n_agents)[name]
-            score, order = per_step(make_policy, 20, **env_kwargs)
-            cells.append(f"{score:.3f}, {order:.3f}")
-        print_row(name, "", *cells)
+        for size, num_episodes in SIZES.items():
+            mine = [runs[n_agents, policy, critic, seed] for seed in options.seeds]
+            scores, orders = np.transpose([per_step(trained(run), num_episodes, n_agents=size) for run in mine])
+            cells.append(f"{mean_and_interval(scores)}, {orders.mean():.3f}")
+        print_row(policy, critic, n_agents, *cells)
 
 
 if __name__ == "__main__":

@@ -558,7 +558,7 @@ def test_tensorboard_has_all_tags(finished):
     assert set(CLEANRL_TAGS) <= tags
     assert {"charts/episodic_length", "losses/std", "eval/r"} <= tags
     for metric in envs.Swarm.stat_names[2:]:
-        assert {f"episode/{metric}", f"eval/{metric}"} <= tags
+        assert {f"episode/{metric}", f"eval/{metric}", f"eval/sampled_{metric}"} <= tags
     assert any("rollout" in tag for tag in tags) and any("update" in tag for tag in tags)
     assert {f"test/{policy}" for policy in ("ppo_swarm", "sampled", "boids", "vicsek", "random")} <= tags
 
@@ -674,14 +674,15 @@ def test_a_checkpoint_holds_the_run_so_far_and_loads_without_running_code(twins)
 
 def test_every_evaluation_prints_its_means_and_says_which_was_the_best_so_far(finished):
     read, best = curves(finished.own), -math.inf
-    line = r"step ([\d,]+): held-out return (\S+), (\S+) a step, length (\d+)(, the best so far)?"
+    line = r"step ([\d,]+): held-out return (\S+), (\S+) a step, length (\d+), with noise ([\d.]+)(, the best so far)?"
     printed = re.findall(line, finished.output)
     assert len(printed) == len(read["eval/r"]) == NUM_UPDATES // 4
-    for (step, score, per_step, length, said), (at, r), (_, steps) in zip(
-        printed, read["eval/r"], read["eval/l"], strict=True
+    for (step, score, per_step, length, noisy, said), (at, r), (_, steps), (_, sampled) in zip(
+        printed, read["eval/r"], read["eval/l"], read["eval/sampled_r"], strict=True
     ):
         assert (int(step.replace(",", "")), int(length)) == (at, steps)
         assert float(score) == pytest.approx(r, abs=0.006) and float(per_step) == pytest.approx(r / steps, abs=6e-4)
+        assert float(noisy) == pytest.approx(sampled, abs=0.006) and sampled != r
         assert bool(said) == (r > best)
         best = max(best, r)
 
