@@ -48,6 +48,7 @@ from envs import (
     check_args,
     check_spaces,
     compile_kernels,
+    count_cores,
     evaluate_model,
     flatten,
     load,
@@ -433,7 +434,7 @@ if __name__ == "__main__":
     # The actors; or, with none, what an actor has, in this process
     seeds = (args.seed, rank, run.step)
     if args.num_actors:
-        torch.set_num_threads(max(1, torch.get_num_threads() - args.num_actors))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - args.num_actors)))
         compile_kernels(envs)  # once, here, and not in every actor
         fragments = partial(make_fragment, envs, args.num_steps)
         actors = StreamPool(partial(act, args, seeds), args.num_actors, fragments, args.max_lag)
