@@ -55,7 +55,7 @@ class Args:
     env_id: str = "LidarNavigation"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
-    num_envs: int = 32  # environments stepped together, by each process of a torchrun
+    num_envs: int = 64  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
     policy: Literal["mlp", "gnn", "attention"] = "mlp"  # actor and critic; gnn and attention pass messages
@@ -69,10 +69,10 @@ class Args:
 
     total_timesteps: int = 8_000_000  # agent-steps to train for
     learning_rate: float = 1e-3  # the step size of Adam
-    num_steps: int = 64  # steps of each environment in a rollout
+    num_steps: int = 32  # steps of each environment in a rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    gae_lambda: float = 0.9  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 4  # epochs over a rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch

@@ -9,6 +9,7 @@ it does from inside without changing a line of it.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,8 @@ if child:
     log = os.open(child["log"], os.O_WRONLY | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
     signal.alarm(child["patience"])
+    if not child["pictures"]:
+        envs._film = lambda entries, captions, env_id, seed, path, env_kwargs: open(path, "wb").close()
     os.chdir(child["cwd"])
     sys.argv = [child["file"], *child["flags"]]
     runpy.run_path(child["file"], run_name="__main__")
@@ -175,13 +178,17 @@ class Nursery:
             text=True,
         )
 
-    def run(self, *jobs, probe=None, script=None):
-        """Each job is (cwd, args); returns a Finished for each. `probe` is source executed before the script."""
+    def run(self, *jobs, probe=None, script=None, pictures=False):
+        """Each job is (cwd, args); returns a Finished for each. `probe` is source executed before the script.
+
+        Videos take longer than the rest of many a run: without `pictures` they are empty files.
+        """
         requests, script = [], script or self.script
         for cwd, args in jobs:
             self.count += 1
             cwd.mkdir(parents=True, exist_ok=True)
             request = dict(cwd=str(cwd), flags=flags(**args), file=str(script), patience=PATIENCE)
+            request["pictures"] = pictures
             requests.append(request | dict(log=str(self.folder / f"output-{self.count}.txt")))
             if probe:
                 requests[-1]["file"] = str(with_probe(probe, self.folder / f"probe-{self.count}.py", script))
@@ -193,8 +200,8 @@ class Nursery:
             for request, (cwd, _) in zip(requests, jobs, strict=True)
         ]
 
-    def run_one(self, cwd, probe=None, script=None, **args):
-        return self.run((cwd, args), probe=probe, script=script)[0]
+    def run_one(self, cwd, probe=None, script=None, pictures=False, **args):
+        return self.run((cwd, args), probe=probe, script=script, pictures=pictures)[0]
 
     def close(self):
         self.process.stdin.close()
@@ -216,6 +223,13 @@ def nursery_of(*env_ids, script=SCRIPT):
 def with_probe(probe, path, script=SCRIPT):
     path.write_text(f"import runpy\n{probe}\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
     return path
+
+
+def copy_alone(script, folder):
+    """A script and envs.py into an empty folder. Compiled kernels come along: compiling takes as long as many tests."""
+    (folder / "__pycache__").mkdir()
+    for file in (script, ROOT / "envs.py", *ROOT.glob("__pycache__/envs.*.nb[ic]")):
+        shutil.copy2(file, folder / file.relative_to(ROOT))
 
 
 def torchrun(cwd, args, probe, script=SCRIPT):

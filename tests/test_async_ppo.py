@@ -28,7 +28,6 @@ from running import (
     HIGH,
     LOW,
     RATIOS,
-    ROOT,
     Nursery,
     Started,
     alive,
@@ -37,6 +36,7 @@ from running import (
     assert_soon_gone,
     children,
     contents,
+    copy_alone,
     curves,
     entropy_by_integration,
     error_of,
@@ -624,7 +624,7 @@ def finished(nursery, tmp_path_factory):
     cwd, brief = tmp_path_factory.mktemp("finished"), SYNC | dict(total_timesteps=8 * PER_UPDATE, gae_lambda=0.8)
     changes = dict(first={}, second={}, workers=dict(num_workers=2), seed=dict(seed=2))
     shorter = nursery.run(*((cwd / name, brief | change) for name, change in changes.items()), probe=QUICK)
-    whole = nursery.run_one(cwd / "whole", **SYNC)
+    whole = nursery.run_one(cwd / "whole", pictures=True, **SYNC)
     for run in (whole, *shorter):
         assert run.code == 0, run.output
     return dict(zip(changes, shorter, strict=True)) | dict(whole=whole)
@@ -1038,8 +1038,7 @@ def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step_and_have_
 
 
 def test_the_script_and_envs_alone_in_an_empty_folder_run(tmp_path):
-    for file in (SCRIPT, ROOT / "envs.py"):
-        shutil.copy2(file, tmp_path)
+    copy_alone(SCRIPT, tmp_path)
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
     args = ASYNC | dict(total_timesteps=3 * PER_UPDATE, eval_env_kwargs=dict(max_episode_steps=20))
     run = subprocess.run(

@@ -25,17 +25,26 @@ def play(steps, env_id, far=None, options=None, **env_kwargs):
     for _ in range(steps):
         world.step(world.action_space.sample())
 
+"""
+GAMES = {
+    "Swarm": """
 swarm = dict(n_agents=100, n_obstacles=20, box_size=20.0, max_steps=20)
 play(30, "Swarm", **swarm)
 play(3, "Swarm", far=-1e9, **swarm)
 play(3, "Swarm", n_agents=100, speed=1e6, dt=1e6)
+""",
+    "LidarNavigation": """
 play(30, "LidarNavigation", n_agents=20, max_steps=20)
 play(3, "LidarNavigation", far=-1e9, n_agents=20)
+""",
+    "VmasNavigation": """
 play(30, "VmasNavigation", n_agents=10, max_steps=20)
+""",
+    "LunarLander": """
 play(150, "LunarLander", enable_wind=True)
 play(5, "LunarLander", options={"position": [[1e30, 5], [-1e6, -1e6], [10, -1e30]]})
-print("played")
-"""
+""",
+}
 
 # All ways in which envs.py compiles, and a kernel that reads past the end of its array.
 LEAVE = """
@@ -53,19 +62,29 @@ entry(np.zeros(3), 3)
 """
 
 
-def run(code, tmp_path, *arguments):
-    (tmp_path / "code.py").write_text(code)
-    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+def start(code, folder, *arguments):
+    (folder / "code.py").write_text(code)
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "code.py", *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def test_no_kernel_leaves_its_arrays(tmp_path):
-    result = run(PLAY, tmp_path)
-    assert (result.returncode, result.stdout) == (0, "played\n"), result.stderr
+@pytest.fixture(scope="module")
+def games(tmp_path_factory):
+    """All at once, because most of the time goes into compiling."""
+    return {name: start(PLAY + code + "print('played')", tmp_path_factory.mktemp(name)) for name, code in GAMES.items()}
+
+
+@pytest.mark.parametrize("env_id", GAMES)
+def test_no_kernel_leaves_its_arrays(games, env_id):
+    output, errors = games[env_id].communicate()
+    assert (games[env_id].returncode, output) == (0, "played\n"), errors
 
 
 @pytest.mark.parametrize("decorator", ["kernel", "uncounted"])
 def test_a_kernel_that_leaves_its_array_would_be_found(tmp_path, decorator):
-    result = run(LEAVE, tmp_path, decorator)
-    assert result.returncode == 1 and "IndexError: index is out of bounds" in result.stderr
+    process = start(LEAVE, tmp_path, decorator)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "IndexError: index is out of bounds" in errors

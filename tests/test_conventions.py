@@ -271,7 +271,7 @@ def test_a_copy_of_a_parallel_env_goes_its_own_way():
     env = envs.parallel_env("Swarm", n_agents=2)
     env.reset(seed=0)
     other = copy.deepcopy(env)
-    actions = dict.fromkeys(env.agents, np.float32([0.5]))
+    actions = dict.fromkeys(env.agents, np.float32([0.5, -0.5]))
     first = env.step(actions)
     assert same(other.step(actions), first)
 
@@ -284,14 +284,14 @@ def test_what_a_parallel_env_refuses(monkeypatch):
     with pytest.raises(ValueError, match="^n_agents is 0"):
         envs.parallel_env("Swarm", n_agents=0)
     env = envs.parallel_env("Swarm", n_agents=2, max_steps=1)
-    actions = dict.fromkeys(env.possible_agents, np.float32([0.0]))
+    actions = dict.fromkeys(env.possible_agents, np.float32([0.0, 0.0]))
     with pytest.raises(gym.error.ResetNeeded, match="step before reset"):
         env.step(actions)
     env.reset()
     with pytest.raises(ValueError, match=r"^actions are for \['agent_0'\]: they must be for \['agent_0', 'agent_1'\]"):
-        env.step({"agent_0": np.float32([0.0])})
+        env.step({"agent_0": np.float32([0.0, 0.0])})
     with pytest.raises(ValueError, match="^actions holds NaN"):
-        env.step(actions | {"agent_1": np.float32([np.nan])})
+        env.step(actions | {"agent_1": np.float32([np.nan, 0.0])})
     env.step(actions)
     with pytest.raises(gym.error.ResetNeeded, match="step after the end of the episode"):
         env.step(actions)

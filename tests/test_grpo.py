@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from running import (
     ENVIRONMENT,
     RATIOS,
-    ROOT,
     Nursery,
     Started,
     assert_other_weights,
     assert_same_curves,
     assert_same_weights,
     contents,
+    copy_alone,
     curves,
     error_of,
     flags,
@@ -305,7 +305,8 @@ def command(name):
 def twins(nursery, tmp_path_factory):
     """The same command twice, in two folders."""
     cwd = tmp_path_factory.mktemp("twins")
-    return nursery.run(*((cwd / which, SMALL) for which in ("first", "second")), script=SCRIPTS["hybrid"])
+    jobs = [(cwd / which, SMALL) for which in ("first", "second")]
+    return nursery.run(*jobs, script=SCRIPTS["hybrid"], pictures=True)
 
 
 @pytest.fixture(scope="module")
@@ -570,9 +571,7 @@ def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step(tmp_path)
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_and_envs_alone_in_an_empty_folder_run(tmp_path, name):
-    for file in (SCRIPTS[name], ROOT / "envs.py"):
-        shutil.copy2(file, tmp_path)
-    shutil.copytree(ROOT / "__pycache__", tmp_path / "__pycache__")  # kernels: compiling them again takes a minute
+    copy_alone(SCRIPTS[name], tmp_path)
     arguments = flags(**BRIEF) if name == "perep" else ["--help"]  # one whole run is enough
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
     run = subprocess.run(

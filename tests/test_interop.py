@@ -357,7 +357,7 @@ def test_the_state_is_all_observations():
         assert env.state().any()
         if not env.agents:
             break
-        observations, *_ = env.step(dict.fromkeys(env.agents, 0.1))
+        observations, *_ = env.step(dict.fromkeys(env.agents, [0.1, 0.0]))
 
 
 def test_after_the_end_nobody_acts():
@@ -365,17 +365,17 @@ def test_after_the_end_nobody_acts():
     with pytest.raises(gym.error.ResetNeeded, match="step before reset"):
         env.step({})
     env.reset(seed=0)
-    env.step(dict.fromkeys(env.agents, 0.1))
+    env.step(dict.fromkeys(env.agents, [0.1, 0.0]))
     assert env.step({}) == ({}, {}, {}, {}, {})
     with pytest.raises(gym.error.ResetNeeded, match="step after the end"):
-        env.step(dict.fromkeys(env.possible_agents, 0.1))
+        env.step(dict.fromkeys(env.possible_agents, [0.1, 0.0]))
     env.reset()
     with pytest.raises(ValueError, match="^actions are for"):
         env.step({})
 
 
 def test_actions_of_any_shape_of_the_right_size():
-    env = envs.parallel_env("Swarm", n_agents=2)
+    env = envs.parallel_env("Swarm", n_agents=2, steering="turn")
     results = []
     for action in (0.5, np.float64(0.5), [0.5], np.float32([0.5]), np.array([[0.5]]), np.array(0.5)):
         env.reset(seed=0)

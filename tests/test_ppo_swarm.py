@@ -39,7 +39,6 @@ from running import (
     POLICIES,
     RANKS,
     RATIOS,
-    ROOT,
     SCRIPT,
     SMALL,
     Spaces,
@@ -48,6 +47,7 @@ from running import (
     assert_same_curves,
     assert_same_weights,
     contents,
+    copy_alone,
     crowd,
     curves,
     entropy_by_integration,
@@ -574,9 +574,8 @@ def test_the_x_axis_counts_agent_steps(finished):
     for tag in CLEANRL_TAGS[1:]:
         assert [step for step, _ in read[tag]] == every_update, tag
     assert [step for step, _ in read["eval/r"]] == every_update[3::4]
-    episode_ends = [NUM_STEPS * (update + 1) // 50 > NUM_STEPS * update // 50 for update in range(NUM_UPDATES)]
-    expected = [step for step, ended in zip(every_update, episode_ends, strict=True) if ended]
-    assert [step for step, _ in read["charts/episodic_return"]] == expected
+    # Episodes of 50 steps that begin at different times: in each rollout of 32 some end.
+    assert [step for step, _ in read["charts/episodic_return"]] == every_update
 
 
 def test_the_reward_terms_add_up_to_the_return(finished):
@@ -631,29 +630,29 @@ def decoded(path, panels=1):
     return np.array(frames).astype(int)[:, height - width // panels :]
 
 
-def test_the_video_shows_three_swarms_that_start_alike_and_go_their_own_ways(finished):
-    frames = decoded(finished.own / "eval.mp4", panels=3)
+def test_the_video_shows_four_swarms_that_start_alike_and_go_their_own_ways(finished):
+    frames = decoded(finished.own / "eval.mp4", panels=4)
     assert abs(len(frames) - 50) <= 1  # a frame for each step of the episode
     shown = next(imageio_ffmpeg.read_frames(str(finished.own / "eval.mp4")))
     assert shown["fps"] == envs.Swarm.metadata["render_fps"]
-    panels = np.split(frames, 3, axis=2)
+    panels = np.split(frames, 4, axis=2)
     for panel in panels:
         assert np.abs(panel[0] - panel[len(panel) // 2]).max() > 100  # agents have moved
         assert (panel < 128).any() and (panel > 250).mean() > 0.5  # dark figures on white ground
-    for a, b in itertools.combinations(range(3), 2):
+    for a, b in itertools.combinations(range(4), 2):
         assert np.abs(panels[a][-1] - panels[b][-1]).max() > 100
         assert np.abs(panels[a][0] - panels[b][0]).mean() < np.abs(panels[a][-1] - panels[b][-1]).mean()
 
 
-def test_half_a_million_steps_of_the_default_command_are_enough_to_beat_vicsek(nursery, tmp_path):
-    result = nursery.run_one(tmp_path, total_timesteps=500_000)
+def test_a_third_of_a_million_steps_of_the_default_command_are_enough_to_beat_vicsek(nursery, tmp_path):
+    result = nursery.run_one(tmp_path, total_timesteps=330_000, eval_episodes=20)
     assert result.code == 0, result.output
     per_step = {name: float(cells[2].split()[0]) for name, cells in list(table(result.output).items())[1:]}
     assert per_step["ppo_swarm"] > per_step["vicsek"] > 0.6, per_step
     for seed in range(3):  # the untrained ones fly straight on, more or less
         torch.manual_seed(seed)
         untrained = Agent(Args(), envs.make_vec("Swarm", 1, 0)).make_policy
-        before, _, _ = envs.evaluate(untrained, "Swarm", 100, envs.TEST_SEED)
+        before, _, _ = envs.evaluate(untrained, "Swarm", 20, envs.TEST_SEED)
         assert (before["r"] / before["l"]).mean() < 0.55
 
 
@@ -688,7 +687,7 @@ def test_every_evaluation_prints_its_means_and_says_which_was_the_best_so_far(fi
 
 
 def test_capture_video_records_the_start_and_every_new_best(nursery, tmp_path):
-    result = nursery.run_one(tmp_path, capture_video=True, **BRIEF | dict(eval_every=10**9))
+    result = nursery.run_one(tmp_path, pictures=True, capture_video=True, **BRIEF | dict(eval_every=10**9))
     videos = [name for name in contents(result.folder) if name.endswith(".mp4") and name != "eval.mp4"]
     assert len(videos) == 2, videos  # before the first update, and after the last, the only evaluation
     for name in videos:
@@ -940,7 +939,7 @@ def model(finished, tmp_path_factory):
 
 
 def test_evaluate_draws_and_prints_the_comparison_of_the_run_again(nursery, finished, model, tmp_path):
-    result = nursery.run_one(tmp_path, evaluate=model)
+    result = nursery.run_one(tmp_path, pictures=True, evaluate=model)
     assert result.code == 0, result.output
     assert table(result.output) == table(finished.output)
     (drawn,) = model.parent.glob("evaluate-*")  # beside the model, but not over the plot and video of its training
@@ -1117,8 +1116,7 @@ def test_torchrun_stopped_by_a_signal_to_the_launcher_goes_on_to_identical_weigh
 
 
 def test_the_script_and_envs_alone_in_an_empty_folder_run(tmp_path):
-    for file in (SCRIPT, ROOT / "envs.py"):
-        shutil.copy(file, tmp_path)
+    copy_alone(SCRIPT, tmp_path)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         [sys.executable, SCRIPT.name, *flags(**BRIEF)], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -30,6 +30,7 @@ from running import (
     assert_same_curves,
     assert_same_weights,
     contents,
+    copy_alone,
     crowd,
     curves,
     flags,
@@ -563,7 +564,8 @@ def test_the_lstm_solves_a_task_that_needs_memory_and_the_mlp_cannot(nursery, tm
 # A whole run
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A checkpoint every 64 steps and episodes of 48: the first is in the middle of an episode, the third at the end of one.
+# A checkpoint every 64 steps, episodes of 48: the first is in the middle of all episodes, the third at the end of the
+# first environment's.
 RUN = SMALL | dict(total_timesteps=10 * PER_UPDATE, checkpoint_every=2 * PER_UPDATE, env_kwargs=dict(max_steps=48))
 KILL = """
 import os, shutil, signal, envs
@@ -586,7 +588,8 @@ def runs(nursery, tmp_path_factory):
     """The same command twice, and with workers."""
     cwd = tmp_path_factory.mktemp("runs")
     changes = dict(first=dict(), again=dict(), workers=dict(num_workers=3))
-    results = nursery.run(*((cwd / name, RUN | dict(num_workers=0) | change) for name, change in changes.items()))
+    jobs = [(cwd / name, RUN | dict(num_workers=0) | change) for name, change in changes.items()]
+    results = nursery.run(*jobs, pictures=True)
     assert [result.code for result in results] == [0] * len(changes), "".join(result.output for result in results)
     return dict(zip(changes, results, strict=True))
 
@@ -622,11 +625,12 @@ def killed(nursery, tmp_path_factory):
     return nursery.run_one(cwd, **args)
 
 
-def test_the_kills_were_in_the_middle_of_an_episode_and_at_the_end_of_one(killed):
-    for count, ended in ((1, 0), (2, 1)):
+def test_the_kills_were_in_the_middle_of_all_episodes_and_at_the_end_of_one(killed):
+    for count, ended in ((1, []), (2, [0])):
         (own,) = saved(killed.cwd / f"killed-{count}.pt")["ranks"]
-        actor_and_critic, *_ = own["memory"].shape
-        assert actor_and_critic == 2 and ((own["memory"] == 0) == ended).all()  # zero where the next episode starts
+        memory = own["memory"].transpose(0, 2).flatten(1)  # (num_envs, ...), of actor and critic
+        assert (memory == 0).all(dim=1).nonzero().flatten().tolist() == ended  # zero where the next episode starts
+        assert memory[len(ended) :].all()
 
 
 def test_a_run_killed_twice_ends_with_identical_weights_and_curves(killed, runs):
@@ -700,9 +704,7 @@ def test_torchrun_ranks_agree_on_the_weights_and_see_observations_of_their_own(t
 
 
 def test_the_script_and_envs_alone_in_an_empty_folder_run(tmp_path):
-    (tmp_path / "__pycache__").mkdir()  # compiled kernels come along: compiling takes as long as many of these tests
-    for file in (SCRIPT, ROOT / "envs.py", *ROOT.glob("__pycache__/envs.*.nb[ic]")):
-        shutil.copy2(file, tmp_path / file.relative_to(ROOT))
+    copy_alone(SCRIPT, tmp_path)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     command = [sys.executable, SCRIPT.name, *flags(**BRIEF)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -26,7 +26,7 @@ TEMPLATES = ("reach.py", "gather.py")  # files that the pages show whole
 COMMANDS = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python ppo_swarm.py",
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -r tests/requirements.txt"
-    " && .venv/bin/python -m pytest tests",
+    " && .venv/bin/python -m pytest -n 2 --dist loadfile tests",
 )
 
 page = pytest.mark.parametrize("page", PAGES, ids=str)
