@@ -72,7 +72,7 @@ class Args:
     num_steps: int = 32  # steps of each environment in a rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount
-    gae_lambda: float = 0.9  # lambda of generalised advantage estimation
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 4  # epochs over a rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch

@@ -27,7 +27,7 @@ import envs
 
 FLAGS = {
     "ppo_swarm": "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-envs 32 --num-steps 64 "
-    "--num-minibatches 8 --learning-rate 7e-4 --gae-lambda 0.95 --total-timesteps 12000000 --eval-every 1000000",
+    "--num-minibatches 8 --learning-rate 7e-4 --total-timesteps 12000000 --eval-every 1000000",
     "ppo_swarm_lstm": "",
 }
 HIDE_FLAGS = {  # the last --total-timesteps counts
