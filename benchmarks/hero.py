@@ -1,4 +1,4 @@
-"""The picture that opens the README: a trained swarm beside Vicsek and random, from the same start. 10 seconds:
+"""The picture that opens the README: a trained swarm beside the baselines, from the same start. 10 seconds:
 
     python ppo_swarm.py
     python benchmarks/hero.py runs/NAME/model.pt --out docs/swarm.gif
