@@ -26,7 +26,7 @@ TEMPLATES = ("reach.py", "gather.py")  # files that the pages show whole
 COMMANDS = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python ppo_swarm.py",
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -r tests/requirements.txt"
-    " && .venv/bin/python -m pytest -n 2 --dist loadfile tests",
+    " && .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests",
 )
 
 page = pytest.mark.parametrize("page", PAGES, ids=str)
@@ -365,6 +365,7 @@ def test_the_flags_that_are_named_in_text_exist(page):
     known |= set(re.findall(r"\"--([a-z0-9-]+)\"", sources))
     known |= {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", sources, re.MULTILINE)}
     known |= {"", "help", "logdir"} | {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}  # torchrun's
+    known |= {"dist", "loadscope-reorder"}  # pytest's
     text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
     for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text):
         assert flag.removeprefix("no-") in known, flag
