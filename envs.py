@@ -1096,7 +1096,7 @@ def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
     return act
 
 
-def boids_policy(envs, own=0.3, align=0.5, cohesion=12.0, keep=0.1):
+def boids_policy(envs, own=0.3, align=0.5, cohesion=6.0, keep=0.05):
     """Reynolds (SIGGRAPH 1987), without separation: turn to own heading + align * mean heading + cohesion * pull.
 
     The means are over all within the radius; the pull is the part of their mean offset that is longer than `keep`
