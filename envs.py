@@ -2660,8 +2660,8 @@ def average(tensor):
 def flatten(module):
     """One vector that holds all weights of a module, and in `grad` their gradients: its parameters become views of it.
 
-    Clipping, averaging and Adam are then one operation each, which takes a sixth off an update of async_ppo.py's
-    default command; with large minibatches, as ppo_swarm.py has them, it makes no difference.
+    Clipping, averaging and Adam are then one operation each, which takes a tenth off an update of async_ppo.py's
+    default command (benchmarks/update.py); with large minibatches, as ppo_swarm.py has them, it makes no difference.
     """
     import torch
 

@@ -85,7 +85,7 @@ def compare_weights():
         (async_ppo, "CartPole-v1", 256),
     ):
         found = ratios(*(make_step(module, env_id, rows, flat) for flat in (True, False)))
-        print_row(f"`{module.__name__}.py`", rows, median_and_range(found, 2))
+        print_row(f"{module.__name__}.py", rows, median_and_range(found, 2))
 
 
 def compare_stretches():
