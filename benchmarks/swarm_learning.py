@@ -1,7 +1,7 @@
 """What ppo_swarm.py learns on Swarm, against the best rules of a grid. From the repository's root:
 
-    python benchmarks/swarm_learning.py                                              10 agents, 10 minutes on 2 cores
-    python benchmarks/swarm_learning.py --n-agents 40 --seeds 1 2 3 4 5              15 minutes
+    python benchmarks/swarm_learning.py                                              10 agents, 25 minutes on 2 cores
+    python benchmarks/swarm_learning.py --n-agents 40 --seeds 1 2 3 4 5
     python benchmarks/swarm_learning.py --policies gnn attention --critics local central --seeds 1 2 3 4 5
 
 For each setting `python ppo_swarm.py --n-agents N --policy P --critic C --seed S`, with FLAGS for 40 agents and default
@@ -13,7 +13,7 @@ other episodes. A run that is already complete under --folder is not trained aga
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def tuned(rule, grid, **env_kwargs):
     return score, order, ", ".join(f"{name} {value:g}" for name, value in best.keywords.items())
 
 
+@cache
 def tuned_boids(**env_kwargs):
     grid = {"own": (0.3, 1.0), "align": (0.5, 1.0, 2.0), "cohesion": (3.0, 6.0, 12.0), "keep": (0.05, 0.1)}
     return tuned(envs.boids_policy, grid, **env_kwargs)
@@ -107,13 +108,14 @@ def main(options):
 
     print("\nRun with other numbers of agents at the same density: reward per agent-step, polar order\n")
     print_head("policy", "critic", "trained with", *(f"{size:,}" for size in SIZES))
-    rules = {size: tuned_boids(n_agents=size) for size in SIZES}
+    rules = {size: tuned_boids(n_agents=size, count_self=options.count_self) for size in SIZES}
     print_row("boids, tuned", "", "", *(f"{score:.3f}, {order:.3f}" for score, order, _ in rules.values()))
     for n_agents, policy, critic in settings:
         cells = []
+        mine = [runs[n_agents, policy, critic, seed] for seed in options.seeds]
         for size in SIZES:
-            mine = [runs[n_agents, policy, critic, seed] for seed in options.seeds]
-            scores, orders = np.transpose([per_step(trained(run), n_agents=size) for run in mine])
+            env_kwargs = dict(n_agents=size, count_self=options.count_self)
+            scores, orders = np.transpose([per_step(trained(run), **env_kwargs) for run in mine])
             cells.append(f"{mean_and_interval(scores)}, {orders.mean():.3f}")
         print_row(policy, critic, n_agents, *cells)
 

@@ -3,7 +3,7 @@
     python benchmarks/update.py
 
 1. All weights of a network as views of one vector (`flatten`), so that clipping and Adam are one operation each, beside
-   plain `agent.parameters()`: forward, backward, clipping and Adam of one minibatch of each script's default command.
+   plain `agent.parameters()`: forward, backward, clipping and Adam of one minibatch of a script's default command.
 2. ppo_swarm_lstm.py's stretches between the starts of episodes, torch's LSTM called once for each, beside one call for
    every step, which is what a reset inside a loop over steps would do: forward and backward of one minibatch.
 
@@ -50,15 +50,10 @@ def make_agent(module, env_id):
     return module.Agent(args, envs.make_vec(env_id, 1, 0, **kwargs)), args
 
 
-def make_step(module, env_id, rows, flat):
-    """Forward, backward, clipping and Adam of a minibatch of so many rows."""
-    agent, _ = make_agent(module, env_id)
+def make_step(agent, inputs, flat):
+    """Forward, backward, clipping and Adam of one minibatch."""
     parameters = [envs.flatten(agent)] if flat else list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, fused=True)
-    space = envs.make_vec(env_id, 1, 0).single_observation_space
-    inputs = [torch.randn(rows, *space.shape)]
-    if module is ppo_swarm:
-        inputs.append(torch.zeros((rows, space.shape[0], 6), dtype=torch.int64))
 
     def step():
         policy = agent.get_policy(*inputs)
@@ -79,13 +74,15 @@ def make_step(module, env_id, rows, flat):
 def compare_weights():
     print("\nAll weights in one vector, times as fast as plain parameters\n")
     print_head("script", "rows in a minibatch", "ratio")
-    for module, env_id, rows in (
-        (ppo_swarm, "Swarm", 256),
-        (grpo_perep, "DenseLunarLander", 4096),
-        (async_ppo, "CartPole-v1", 256),
-    ):
-        found = ratios(*(make_step(module, env_id, rows, flat) for flat in (True, False)))
-        print_row(f"{module.__name__}.py", rows, median_and_range(found, 2))
+    for module, env_id in ((ppo_swarm, "Swarm"), (grpo_perep, "DenseLunarLander"), (async_ppo, "CartPole-v1")):
+        _, args = make_agent(module, env_id)
+        num_envs = args.num_envs if hasattr(args, "num_envs") else args.num_groups * args.group_size
+        rows = args.num_steps * num_envs // args.num_minibatches
+        inputs = [torch.randn(rows, *envs.make_vec(env_id, 1, 0).single_observation_space.shape)]
+        if module is ppo_swarm:
+            inputs.append(torch.zeros((rows, args.n_agents, 0), dtype=torch.int64))  # neighbours, which mlp ignores
+        steps = [make_step(make_agent(module, env_id)[0], inputs, flat) for flat in (True, False)]
+        print_row(f"{module.__name__}.py", rows, median_and_range(ratios(*steps), 2))
 
 
 def compare_stretches():

@@ -74,7 +74,12 @@ def start(code, folder, *arguments):
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
     """All at once, because most of the time goes into compiling."""
-    return {name: start(PLAY + code + "print('played')", tmp_path_factory.mktemp(name)) for name, code in GAMES.items()}
+    games = {
+        name: start(PLAY + code + "print('played')", tmp_path_factory.mktemp(name)) for name, code in GAMES.items()
+    }
+    yield games
+    for process in games.values():  # those that no test has waited for
+        process.kill()
 
 
 @pytest.mark.parametrize("env_id", GAMES)
