@@ -1096,7 +1096,7 @@ def vicsek_policy(envs, radius=None, noise=0.0, seed=0):
     return act
 
 
-def boids_policy(envs, own=0.3, align=0.5, cohesion=6.0, keep=0.05):
+def boids_policy(envs, own=0.1, align=0.25, cohesion=12.0, keep=0.1):
     """Reynolds (SIGGRAPH 1987), without separation: turn to own heading + align * mean heading + cohesion * pull.
 
     The means are over all within the radius; the pull is the part of their mean offset that is longer than `keep`
@@ -2661,7 +2661,7 @@ def flatten(module):
     """One vector that holds all weights of a module, and in `grad` their gradients: its parameters become views of it.
 
     Clipping, averaging and Adam are then one operation each, which takes a tenth off an update of async_ppo.py's
-    default command (benchmarks/update.py); with large minibatches, as ppo_swarm.py has them, it makes no difference.
+    default command (benchmarks/update.py); with large minibatches, as ppo_swarm.py has them, little.
     """
     import torch
 

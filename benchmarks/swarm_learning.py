@@ -1,6 +1,6 @@
 """What ppo_swarm.py learns on Swarm, against the best rules of a grid. From the repository's root:
 
-    python benchmarks/swarm_learning.py                                              10 agents, 25 minutes on 2 cores
+    python benchmarks/swarm_learning.py                                              10 agents, 40 minutes on 2 cores
     python benchmarks/swarm_learning.py --n-agents 40 --seeds 1 2 3 4 5
     python benchmarks/swarm_learning.py --policies gnn attention --critics local central --seeds 1 2 3 4 5
 
@@ -60,7 +60,12 @@ def tuned(rule, grid, **env_kwargs):
 
 @cache
 def tuned_boids(**env_kwargs):
-    grid = {"own": (0.3, 1.0), "align": (0.5, 1.0, 2.0), "cohesion": (3.0, 6.0, 12.0), "keep": (0.05, 0.1)}
+    grid = {
+        "own": (0.1, 0.3, 1.0),
+        "align": (0.25, 0.5, 1.0, 2.0),
+        "cohesion": (3.0, 6.0, 12.0),
+        "keep": (0.0, 0.05, 0.1),
+    }
     return tuned(envs.boids_policy, grid, **env_kwargs)
 
 
