@@ -102,7 +102,7 @@ def kernel(function, **options):
 
 
 # For functions that take a whole state: passing such tuples of arrays costs more than stepping ten agents.
-inlined = partial(kernel, inline="always")
+inlined = partial(kernel, forceinline=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Use
@@ -143,7 +143,7 @@ def make_vec(
       `options={"stagger": True}` the first episodes of native environments begin at different points of their time.
 
     Raises ValueError, before anything starts, that names the argument, its value and what is allowed; for an argument
-    that a native environment does not have, TypeError, as Python does.
+    that the environment does not have, TypeError, as Python does.
 
     What is written for Gymnasium's own vector environments takes `autoreset_mode=AutoresetMode.NEXT_STEP`: an episode
     that ended is reset by the next step, which ignores its action and returns reward 0, and no infos are called final.
@@ -2468,6 +2468,7 @@ ARGUMENT_RANGES = {
     "eval_every": (1, 2**62),
     "eval_episodes": (1, LARGEST_SIZE),
     "checkpoint_every": (1, 2**62),
+    "episode_steps": (1, LARGEST_SIZE),
     "num_envs": (1, LARGEST_SIZE),
     "num_groups": (1, LARGEST_SIZE),
     "group_size": (2, LARGEST_SIZE),
@@ -3209,7 +3210,8 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
             except (TypeError, ValueError, AssertionError) as error:
                 if not env_kwargs:
                     raise
-                raise ValueError(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"env_kwargs is {env_kwargs}: {env_id} refuses it ({error})") from error
         self.spec = self.envs[0].spec
         self.metadata = {**self.envs[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         space = self.envs[0].observation_space

@@ -53,6 +53,7 @@ class Args:
     env_id: str = "Swarm"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
+    episode_steps: int | None = 60  # steps of a training episode; evaluation, and None, leave it to the environment
     num_envs: int = 64  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
@@ -261,7 +262,8 @@ if __name__ == "__main__":
 
     # Environments first: workers have to be forked before torch starts threads
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
-    envs = make_vec(args.env_id, args.num_envs, args.num_workers, **env_kwargs)
+    limit = {} if args.episode_steps is None else {"max_steps": args.episode_steps}
+    envs = make_vec(args.env_id, args.num_envs, args.num_workers, **limit | env_kwargs)
     # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
     observations, infos = envs.reset(seed=args.seed + (rank << 32), options={"stagger": True})
     next_obs, next_neighbors = to_tensors(observations, infos, device)

@@ -686,6 +686,18 @@ def test_every_evaluation_prints_its_means_and_says_which_was_the_best_so_far(fi
         best = max(best, r)
 
 
+def test_training_cuts_episodes_off_earlier_than_evaluation_unless_max_steps_is_given(nursery, tmp_path):
+    jobs = {"default": {}, "given": dict(max_steps=20)}  # env_kwargs
+    jobs = [(tmp_path / name, BRIEF | dict(episode_steps=10, env_kwargs=jobs[name])) for name in jobs]
+    for run, training, evaluation in zip(nursery.run(*jobs), (10, 20), (250, 20), strict=True):
+        assert run.code == 0, run.output
+        read = curves(run.folder)
+        lengths = [length for _, length in read["charts/episodic_length"]]
+        assert lengths[0] < training and lengths[1:] == [training] * (len(lengths) - 1)  # at first staggered
+        assert {length for _, length in read["eval/l"]} == {evaluation}
+        assert table(run.output)["ppo_swarm"][1].split()[0] == f"{evaluation}.000"
+
+
 def test_capture_video_records_the_start_and_every_new_best(nursery, tmp_path):
     result = nursery.run_one(tmp_path, pictures=True, capture_video=True, **BRIEF | dict(eval_every=10**9))
     videos = [name for name in contents(result.folder) if name.endswith(".mp4") and name != "eval.mp4"]

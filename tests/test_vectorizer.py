@@ -322,14 +322,21 @@ def test_bad_options_leave_the_pool_usable(options, message, num_workers):
 @pytest.mark.parametrize(
     ("env_kwargs", "message"),
     [
-        ({"gears": 5}, r"env_kwargs is \{'gears': 5\}: CartPole-v1 refuses it"),
         ({"first_env": 5}, "first_env is 5: it is set here"),
         ({"disable_env_checker": False}, "disable_env_checker is False: it is set here"),
+        ({"max_episode_steps": -5}, r"env_kwargs is \{'max_episode_steps': -5\}: CartPole-v1 refuses it"),
     ],
 )
 def test_arguments_that_gymnasium_refuses_are_named(env_kwargs, message, num_workers):
     with pytest.raises(ValueError, match=message):
         envs.make_vec("CartPole-v1", 2, num_workers, **env_kwargs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_argument_that_a_gymnasium_environment_lacks_is_a_type_error(num_workers):
+    message = r"env_kwargs is \{'gears': 5\}: CartPole-v1 refuses it .*unexpected keyword argument 'gears'"
+    with pytest.raises(TypeError, match=message):
+        envs.make_vec("CartPole-v1", 2, num_workers, gears=5)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
