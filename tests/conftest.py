@@ -10,3 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("running")  # its assertions, too, say what they found
+
+
+@pytest.fixture(scope="session")
+def nest():
+    """The process that all runs of a session are forked from."""
+    from running import Nest
+
+    nest = Nest()
+    yield nest
+    nest.close()

@@ -1,9 +1,9 @@
 """What the tests of the scripts have in common: how to start runs, look into them, and read what they leave behind.
 
-Runs are real: the script itself, in a folder of its own, with a small budget. Those that get a signal are processes of
-their own (`Started`); the others are forked from one process that has already imported everything (`Nursery`), because
-importing torch would take most of the time. A probe is a few lines that are executed before the script, to look at what
-it does from inside without changing a line of it.
+Runs are real: the script itself, in a folder of its own, with a small budget. Most are forked from one process that has
+already imported everything (`Nest`, one for all tests of a session), because importing torch would take most of the
+time; some are started as a user starts them (`launch`, `torchrun`). A probe is a few lines that are executed before the
+script, to look at what it does from inside without changing a line of it.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,22 +77,11 @@ class Finished:
         return folders(self.cwd)[0]
 
 
-class Started:
-    """A run in a process of its own, in a session of its own, as a terminal would start it."""
+class Running:
+    """A run in a session of its own, as a terminal would start it. `process` is a Popen, or a Forked."""
 
-    def __init__(self, cwd, args, command=(sys.executable, str(SCRIPT)), **popen):
-        self.cwd, self.log = cwd, cwd / f"output-{time.monotonic_ns()}.txt"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *flags(**args)],
-                cwd=cwd,
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **popen,
-            )
+    def __init__(self, cwd, process, log):
+        self.cwd, self.process, self.log = cwd, process, log
 
     def __enter__(self):
         return self
@@ -129,32 +119,82 @@ class Started:
         return Finished(code, self.output, self.cwd)
 
 
-NURSERY = """
-import gc, json, os, runpy, signal, sys
+def new_log(cwd):
+    return cwd / f"output-{time.monotonic_ns()}.txt"
+
+
+def launch(cwd, args, command=(sys.executable, str(SCRIPT)), **popen):
+    """Start a run as a user does."""
+    path = new_log(cwd)
+    with open(path, "wb") as log:
+        process = subprocess.Popen(
+            [*command, *flags(**args)],
+            cwd=cwd,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **popen,
+        )
+    return Running(cwd, process, path)
+
+
+NEST = """
+import gc, json, os, runpy, signal, sys, time
 import matplotlib.backends.backend_agg, matplotlib.figure, moviepy, pygame, torch, torch.utils.tensorboard
 import envs, ppo_swarm
 
 torch.use_deterministic_algorithms(True)  # imports half of torch
-for env_id in sys.argv[1:]:
-    env = envs.make_vec(env_id, 1, num_workers=0)  # loads the kernels
-    env.reset(seed=0)
-    env.step(env.action_space.sample())
-gc.freeze()  # or every child looks through all of torch once more before it ends
-child = None
-while child is None and (line := sys.stdin.readline()):
-    waiting, running, codes = json.loads(line), {}, {}
-    while child is None and (waiting or running):
-        if waiting and len(running) < 2:
-            job = waiting.pop(0)
-            pid = os.fork()
-            if pid == 0:
-                child = job
-            running[pid] = job["log"]
+loaded, codes, child = set(), {}, None
+
+def load(env_ids):
+    for env_id in set(env_ids) - loaded:
+        env = envs.make_vec(env_id, 1, num_workers=0)  # loads the kernels
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+        loaded.add(env_id)
+        gc.freeze()  # or every child looks through all of torch once more before it ends
+
+def fork(job):
+    global child
+    pid = os.fork()
+    codes.pop(pid, None)  # of one that had this number before
+    if pid == 0:
+        child = job
+        if job["session"]:
+            os.setsid()
+    while pid and job["session"] and os.getpgid(pid) != pid:
+        time.sleep(1e-4)  # or a signal to its group would find none
+    return pid
+
+def reap(options):
+    pid, status = os.waitpid(-1, options)
+    if pid:
+        codes[pid] = os.waitstatus_to_exitcode(status)
+
+def answer(request):
+    load(request["env_ids"])
+    if "start" in request:
+        return fork(request["start"])
+    if "poll" in request:
+        if request["poll"] not in codes:
+            reap(os.WNOHANG)
+        return codes.get(request["poll"])
+    waiting, pids = request["run"], []
+    while waiting or not codes.keys() >= set(pids):
+        if waiting and len(set(pids) - codes.keys()) < 2:
+            pids.append(fork(waiting.pop(0)))
+            if child:
+                return None
         else:
-            pid, status = os.wait()
-            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+            reap(0)
+    return [codes[pid] for pid in pids]
+
+while child is None and (line := sys.stdin.readline()):
+    reply = answer(json.loads(line))
     if child is None:
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(reply), flush=True)
 if child:
     log = os.open(child["log"], os.O_WRONLY | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
@@ -162,60 +202,110 @@ if child:
     if not child["pictures"]:
         envs._film = lambda entries, captions, env_id, seed, path, env_kwargs: open(path, "wb").close()
     os.chdir(child["cwd"])
+    os.environ |= child["environment"]
     sys.argv = [child["file"], *child["flags"]]
     runpy.run_path(child["file"], run_name="__main__")
 """
 
 
-class Nursery:
-    def __init__(self, folder, env_ids=("Swarm",), script=SCRIPT):
-        self.folder, self.script, self.count = folder, script, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, *env_ids],
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+class Nest:
+    """The process that runs are forked from. It starts when it is first asked for something."""
 
-    def run(self, *jobs, probe=None, script=None, pictures=False):
-        """Each job is (cwd, args); returns a Finished for each. `probe` is source executed before the script.
+    def __init__(self):
+        self.process = None
+
+    def ask(self, env_ids=(), **request):
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", NEST], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        self.process.stdin.write(json.dumps(request | dict(env_ids=env_ids)) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait(PATIENCE)
+
+
+class Forked:
+    """A child of the nest's, with the methods of Popen that are needed here."""
+
+    def __init__(self, nest, pid):
+        self.nest, self.pid = nest, pid
+
+    def poll(self):
+        return self.nest.ask(poll=self.pid)
+
+    def wait(self, timeout=PATIENCE):
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.005)
+        return code
+
+
+class Nursery:
+    """Runs of one module of tests: of `script`, where nothing else is said, in `env_ids`."""
+
+    def __init__(self, nest, folder, env_ids=("Swarm",), script=SCRIPT):
+        self.nest, self.folder, self.env_ids, self.script, self.count = nest, folder, env_ids, script, 0
+
+    def job(self, cwd, args, log=None, probe=None, script=None, pictures=False, session=False, environment=None):
+        """`probe` is source executed before the script.
 
         Videos take longer than the rest of many a run: without `pictures` they are empty files.
         """
-        requests, script = [], script or self.script
-        for cwd, args in jobs:
-            self.count += 1
-            cwd.mkdir(parents=True, exist_ok=True)
-            request = dict(cwd=str(cwd), flags=flags(**args), file=str(script), patience=PATIENCE)
-            request["pictures"] = pictures
-            requests.append(request | dict(log=str(self.folder / f"output-{self.count}.txt")))
-            if probe:
-                requests[-1]["file"] = str(with_probe(probe, self.folder / f"probe-{self.count}.py", script))
-        self.process.stdin.write(json.dumps(requests) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
-        return [
-            Finished(codes[request["log"]], Path(request["log"]).read_text(errors="replace"), cwd)
-            for request, (cwd, _) in zip(requests, jobs, strict=True)
-        ]
+        self.count += 1
+        cwd.mkdir(parents=True, exist_ok=True)
+        script = script or self.script
+        file = with_probe(probe, self.folder / f"probe-{self.count}.py", script) if probe else script
+        log = log or self.folder / f"output-{self.count}.txt"
+        job = dict(cwd=str(cwd), file=str(file), flags=flags(**args), log=str(log), environment=environment or {})
+        return job | dict(pictures=pictures, session=session, patience=PATIENCE)
+
+    def run(self, *jobs, **options):
+        """Each job is (cwd, args); two at a time. Returns a Finished for each."""
+        return self.finish([self.job(cwd, args, **options) for cwd, args in jobs])
 
     def run_one(self, cwd, probe=None, script=None, pictures=False, **args):
         return self.run((cwd, args), probe=probe, script=script, pictures=pictures)[0]
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(PATIENCE)
+    def run_ranks(self, cwd, args, **options):
+        """Two processes that think that torchrun has started them; a Finished for each."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return self.finish(
+            [
+                self.job(cwd, args, environment=place | dict(RANK=str(rank), LOCAL_RANK=str(rank)), **options)
+                for rank in range(2)
+            ]
+        )
+
+    def finish(self, jobs):
+        codes = self.nest.ask(self.env_ids, run=jobs)
+        return [
+            Finished(code, Path(job["log"]).read_text(errors="replace"), Path(job["cwd"]))
+            for code, job in zip(codes, jobs, strict=True)
+        ]
+
+    def start(self, cwd, args, **options):
+        """A run to watch, signal and kill."""
+        log = new_log(cwd)
+        job = self.job(cwd, args, log=log, session=True, **options)
+        return Running(cwd, Forked(self.nest, self.nest.ask(self.env_ids, start=job)), log)
 
 
 def nursery_of(*env_ids, script=SCRIPT):
-    """A fixture: one nursery for all tests of a module."""
+    """A fixture: the nursery of a module."""
 
     @pytest.fixture(scope="module")
-    def nursery(tmp_path_factory):
-        nursery = Nursery(tmp_path_factory.mktemp("nursery"), env_ids, script)
-        yield nursery
-        nursery.close()
+    def nursery(nest, tmp_path_factory):
+        return Nursery(nest, tmp_path_factory.mktemp("nursery"), env_ids, script)
 
     return nursery
 
@@ -234,7 +324,7 @@ def copy_alone(script, folder):
 
 def torchrun(cwd, args, probe, script=SCRIPT):
     file = with_probe(probe, cwd / "launch.py", script)
-    return Started(
+    return launch(
         cwd,
         args,
         (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)),

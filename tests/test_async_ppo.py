@@ -28,8 +28,6 @@ from running import (
     HIGH,
     LOW,
     RATIOS,
-    Nursery,
-    Started,
     alive,
     assert_other_weights,
     assert_same_weights,
@@ -42,14 +40,13 @@ from running import (
     error_of,
     flags,
     folders,
+    nursery_of,
     parameters,
     reference_log_prob,
     replaced,
     reproducible,
     saved,
     table,
-    torchrun,
-    with_probe,
 )
 
 import async_ppo
@@ -141,11 +138,7 @@ def paced_world(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"), ("DenseLunarLander",), SCRIPT)
-    yield nursery
-    nursery.close()
+nursery = nursery_of("DenseLunarLander", script=SCRIPT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -722,9 +715,9 @@ def test_it_learns_cartpole_by_itself(nursery, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def started(cwd, args=SLOWED):
+def started(nursery, cwd, args=SLOWED):
     (cwd / "paced_world.py").write_text(PACED)
-    return Started(cwd, args, (sys.executable, str(with_probe(QUICK, cwd / "launch.py", SCRIPT))))
+    return nursery.start(cwd, args, probe=path_to(cwd) + QUICK)
 
 
 def gone_on(nursery, cwd, args=SLOWED):
@@ -747,8 +740,8 @@ def steps_of(folder):
 ALL_STEPS = [PER_UPDATE * n for n in range(1, 41)]
 
 
-def test_a_killed_actor_is_replaced_with_a_line_and_the_run_finishes(tmp_path):
-    with started(tmp_path) as run:
+def test_a_killed_actor_is_replaced_with_a_line_and_the_run_finishes(nursery, tmp_path):
+    with started(nursery, tmp_path) as run:
         first, second = actors_of(run)
         os.kill(first, signal.SIGKILL)
         run.wait_until(lambda: len(set(children(run.process.pid)) - {first}) == 2, "another actor")
@@ -763,7 +756,7 @@ def test_a_killed_actor_is_replaced_with_a_line_and_the_run_finishes(tmp_path):
 
 def test_three_deaths_end_the_run_with_a_checkpoint_of_all_that_it_did_from_which_it_goes_on(nursery, tmp_path):
     args = SLOWED | dict(checkpoint_every=10 * PER_UPDATE, env_kwargs=dict(pause=0.002))
-    with started(tmp_path, args) as run:
+    with started(nursery, tmp_path, args) as run:
         seen = set(actors_of(run))
         time.sleep(0.3)  # some updates more
         for deaths in range(3):
@@ -783,7 +776,7 @@ def test_three_deaths_end_the_run_with_a_checkpoint_of_all_that_it_did_from_whic
 
 
 def test_after_kill_9_of_the_learner_the_folder_is_free_at_once_and_the_actors_are_soon_gone(nursery, tmp_path):
-    with started(tmp_path) as run:
+    with started(nursery, tmp_path) as run:
         pids = actors_of(run)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)  # so that they outlive the learner for sure
@@ -798,8 +791,8 @@ def test_after_kill_9_of_the_learner_the_folder_is_free_at_once_and_the_actors_a
         assert_soon_gone(pids)
 
 
-def test_actors_notice_the_learners_death_in_the_middle_of_a_long_fragment(tmp_path):
-    with started(tmp_path, SLOWED | dict(env_kwargs=dict(pause=1.0), checkpoint_every=10**9)) as run:
+def test_actors_notice_the_learners_death_in_the_middle_of_a_long_fragment(nursery, tmp_path):
+    with started(nursery, tmp_path, SLOWED | dict(env_kwargs=dict(pause=1.0), checkpoint_every=10**9)) as run:
         run.wait_until(lambda: len(children(run.process.pid)) == 2, "actors")
         time.sleep(0.5)  # a fragment takes half a minute
         pids = children(run.process.pid)
@@ -811,7 +804,7 @@ def test_actors_notice_the_learners_death_in_the_middle_of_a_long_fragment(tmp_p
 def test_signals_stop_an_asynchronous_run_and_the_same_command_goes_on_in_other_worlds(nursery, tmp_path):
     args = SLOWED | dict(env_kwargs=dict(pause=0.001, note_seeds=True))
     for number, to_all in ((signal.SIGINT, True), (signal.SIGTERM, False)):
-        with started(tmp_path, args) as run:
+        with started(nursery, tmp_path, args) as run:
             folder = run.wait_for("*/checkpoint.pt").parent
             run.wait_until(replaced(folder, 3), "checkpoints")
             pids = children(run.process.pid)
@@ -836,7 +829,7 @@ def test_signals_stop_an_asynchronous_run_and_the_same_command_goes_on_in_other_
 
 def test_a_run_without_actors_that_cannot_repeat_itself_keeps_a_better_model(nursery, tmp_path):
     args = SLOWED | dict(num_actors=0, num_workers=2)
-    with started(tmp_path, args) as run:
+    with started(nursery, tmp_path, args) as run:
         folder = run.wait_for("*/checkpoint.pt").parent
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.finish().code == 0
@@ -848,9 +841,8 @@ def test_a_run_without_actors_that_cannot_repeat_itself_keeps_a_better_model(nur
 
 
 def test_a_synchronous_run_killed_twice_ends_with_identical_weights_and_curves(nursery, finished, tmp_path):
-    command = (sys.executable, str(SCRIPT))
     for times in (0, 2):
-        with Started(tmp_path, SYNC, command) as run:
+        with nursery.start(tmp_path, SYNC) as run:
             folder = run.wait_for("*/checkpoint.pt").parent
             run.wait_until(replaced(folder, times), "checkpoints")
             run.kill(signal.SIGKILL)
@@ -862,8 +854,8 @@ def test_a_synchronous_run_killed_twice_ends_with_identical_weights_and_curves(n
     assert untimed(result.folder) == whole
 
 
-def test_an_environment_that_raises_is_shown_with_its_own_traceback_and_leaves_no_process(tmp_path):
-    with started(tmp_path, SLOWED | dict(env_kwargs=dict(pause=0.001, fail_at=100))) as run:
+def test_an_environment_that_raises_is_shown_with_its_own_traceback_and_leaves_no_process(nursery, tmp_path):
+    with started(nursery, tmp_path, SLOWED | dict(env_kwargs=dict(pause=0.001, fail_at=100))) as run:
         pids = actors_of(run)
         result = run.finish()
     assert result.code == 1 and error_of(result.output).startswith("ArithmeticError: the moon is made of cheese")
@@ -1024,11 +1016,10 @@ torch.optim.Adam.step, envs.shared_array = recorded, kept
 )
 
 
-def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step_and_have_actors_of_their_own(tmp_path):
+def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step_and_have_actors_of_their_own(nursery, tmp_path):
     args = ASYNC | dict(rnd_coef=0.5, total_timesteps=2 * 6 * PER_UPDATE)
-    with torchrun(tmp_path, args, RANKS, SCRIPT) as run:
-        result = run.finish()
-    assert result.code == 0, result.output
+    result, other = nursery.run_ranks(tmp_path, args, probe=RANKS)
+    assert [result.code, other.code] == [0, 0], result.output + other.output
     (first, seen), (second, others) = (torch.load(tmp_path / f"trace-{rank}.pt") for rank in range(2))
     assert first == second and len(set(first)) == len(first) == 6 * 4
     assert steps_of(result.folder) == [2 * PER_UPDATE * n for n in range(1, 7)]

@@ -4,11 +4,10 @@ Skipped where there is none.
 """
 
 import signal
-import sys
 
 import pytest
 import torch
-from running import PER_UPDATE, ROOT, SMALL, Started, assert_same_weights, nursery_of, saved
+from running import PER_UPDATE, ROOT, SMALL, assert_same_weights, nursery_of, saved
 from test_async_ppo import ASYNC
 from test_grpo import SMALL as GRPO
 
@@ -61,7 +60,7 @@ def test_a_stopped_run_on_the_gpu_ends_with_identical_weights(nursery, tmp_path,
     whole = nursery.run_one(tmp_path / "whole", script=file, **args)
     assert whole.code == 0, whole.output
     cwd.mkdir()
-    with Started(cwd, args, (sys.executable, str(file))) as run:
+    with nursery.start(cwd, args, script=file) as run:
         run.wait_for("*/checkpoint.pt")
         run.kill(signal.SIGTERM)
         assert run.finish().code == 0, run.output

@@ -21,8 +21,6 @@ from hypothesis import strategies as st
 from running import (
     ENVIRONMENT,
     RATIOS,
-    Nursery,
-    Started,
     assert_other_weights,
     assert_same_curves,
     assert_same_weights,
@@ -32,11 +30,11 @@ from running import (
     error_of,
     flags,
     folders,
+    nursery_of,
     replaced,
     reproducible,
     saved,
     table,
-    torchrun,
 )
 
 import envs
@@ -290,11 +288,7 @@ def test_a_script_opens_with_how_it_departs_from_the_paper_and_keeps_to_its_leng
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"), ("DenseLunarLander",))
-    yield nursery
-    nursery.close()
+nursery = nursery_of("DenseLunarLander", script=SCRIPTS["hybrid"])
 
 
 def command(name):
@@ -473,20 +467,19 @@ def test_identical_starts_need_a_seed(env_id):
             envs.make_vec(env_id, 2, 0).reset(seed=1, options={"identical": wrong})
 
 
-def killed_run(cwd, args):
+def killed_run(nursery, cwd, args):
     """SIGKILL after some checkpoints, and again; then to the end."""
     for times in (0, 2):
-        with Started(cwd, args, command("hybrid")) as run:
+        with nursery.start(cwd, args) as run:
             folder = run.wait_for("*/checkpoint.pt").parent
             run.wait_until(replaced(folder, times), "checkpoints")
             run.kill(signal.SIGKILL)
             run.finish()
-    with Started(cwd, args, command("hybrid")) as run:
-        return run.finish()
+    return nursery.run_one(cwd, **args)
 
 
-def test_a_run_killed_twice_ends_with_identical_weights_and_curves(finished, tmp_path):
-    result = killed_run(tmp_path, SMALL)
+def test_a_run_killed_twice_ends_with_identical_weights_and_curves(nursery, finished, tmp_path):
+    result = killed_run(nursery, tmp_path, SMALL)
     assert result.code == 0 and "resumed at" in result.output, result.output
     assert_same_weights(result.folder / "model.pt", finished.folder / "model.pt")
     assert_same_curves(result.folder, finished.folder)
@@ -502,7 +495,7 @@ def test_a_signal_saves_and_the_rest_is_identical_in_a_gymnasium_environment_too
     assert whole.code == 0, whole.output
     cwd = tmp_path / "interrupted"
     cwd.mkdir()
-    with Started(cwd, GYMNASIUM, command("hybrid")) as run:
+    with nursery.start(cwd, GYMNASIUM) as run:
         run.wait_for("*/checkpoint.pt")
         run.kill(signal.SIGTERM)
         stopped = run.finish()
@@ -560,10 +553,9 @@ atexit.register(lambda: torch.save(weights, f"weights-{os.environ['RANK']}.pt"))
 """
 
 
-def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step(tmp_path):
-    with torchrun(tmp_path, BRIEF, RANKS, SCRIPTS["perstep"]) as run:
-        result = run.finish()
-    assert result.code == 0, result.output
+def test_torchrun_ranks_agree_on_the_weights_after_every_gradient_step(nursery, tmp_path):
+    result, other = nursery.run_ranks(tmp_path, BRIEF, probe=RANKS, script=SCRIPTS["perstep"])
+    assert [result.code, other.code] == [0, 0], result.output + other.output
     first, second = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
     assert first == second and len(set(first)) == len(first) >= 4
     assert contents(result.folder)[-1] == "model.pt"

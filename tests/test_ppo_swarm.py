@@ -42,7 +42,6 @@ from running import (
     SCRIPT,
     SMALL,
     Spaces,
-    Started,
     assert_other_weights,
     assert_same_curves,
     assert_same_weights,
@@ -54,6 +53,7 @@ from running import (
     error_of,
     flags,
     folders,
+    launch,
     nursery_of,
     parameters,
     reference_log_prob,
@@ -501,14 +501,14 @@ def test_agents_that_share_nothing_learn_from_their_own_experience_only(policy):
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
+def twins(nursery, tmp_path_factory):
     """The same command twice at once; the second starts while the first, frozen, has an unfinished checkpoint."""
     cwd = tmp_path_factory.mktemp("twins")
-    with Started(cwd, SMALL) as first:
+    with nursery.start(cwd, SMALL, pictures=True) as first:
         checkpoint = first.wait_for("*/checkpoint.pt")
         first.kill(signal.SIGSTOP)
         shutil.copy(checkpoint, cwd / "checkpoint.pt")
-        with Started(cwd, SMALL) as second:
+        with nursery.start(cwd, SMALL) as second:
             second.wait_until(lambda: len(folders(cwd)) == 2, "a folder of its own")
             first.kill(signal.SIGCONT)
             results = first.finish(), second.finish()
@@ -763,24 +763,23 @@ def test_the_number_of_workers_changes_nothing(nursery, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(nursery, tmp_path_factory):
     """SIGKILL at the first checkpoint, then midway, then in the final evaluation, each time started again."""
     cwd = tmp_path_factory.mktemp("killed")
-    with Started(cwd, SMALL) as run:
+    with nursery.start(cwd, SMALL) as run:
         folder = run.wait_for("*/checkpoint.pt").parent
         run.kill(signal.SIGKILL)
         run.finish()
-    with Started(cwd, SMALL) as run:
+    with nursery.start(cwd, SMALL) as run:
         run.wait_until(replaced(folder, times=2), "two more checkpoints")
         run.kill(signal.SIGKILL)
         run.finish()
-    with Started(cwd, SMALL) as run:
+    with nursery.start(cwd, SMALL, pictures=True) as run:
         run.wait_for("*/eval.png")
         assert (folder / "checkpoint.pt").exists(), "the checkpoint goes last, when all else is there"
         run.kill(signal.SIGKILL)
         run.finish()
-    with Started(cwd, SMALL) as run:
-        return run.finish()
+    return nursery.run_one(cwd, **SMALL)
 
 
 def test_a_run_killed_at_three_moments_goes_on_in_its_folder(killed):
@@ -803,12 +802,13 @@ def test_a_run_killed_at_three_moments_has_identical_curves(killed, finished):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def interrupted(nursery, tmp_path_factory):
     """The outputs of a run that got SIGINT, its continuation that got SIGTERM, and the rest."""
     cwd, results = tmp_path_factory.mktemp("interrupted"), []
     args = SMALL | dict(checkpoint_every=10**9)  # so that the checkpoints are those of the signals
     for number in (signal.SIGINT, signal.SIGTERM):
-        with Started(cwd, args) as run:
+        # The first as a user starts it
+        with nursery.start(cwd, args) if results else launch(cwd, args) as run:
             if not results:
                 run.wait_for("*/events*")
             before = len(curves_steps(cwd))
@@ -816,7 +816,7 @@ def interrupted(tmp_path_factory):
             run.kill(number)
             results.append(run.finish())
             results[-1].checkpoints = [path.name for path in folders(cwd)[0].glob("checkpoint*")]
-    with Started(cwd, args) as run:
+    with nursery.start(cwd, args) as run:
         results.append(run.finish())
     return results
 
@@ -916,7 +916,7 @@ def test_a_full_disk_while_checkpointing_does_not_stop_training(tmp_path):
     def limit():  # of a file's size: room for model.pt and the video, not for checkpoint.pt, which is 3 times model.pt
         resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
 
-    with Started(tmp_path, SMALL | dict(hidden_dim=200, total_timesteps=8 * PER_UPDATE), preexec_fn=limit) as run:
+    with launch(tmp_path, SMALL | dict(hidden_dim=200, total_timesteps=8 * PER_UPDATE), preexec_fn=limit) as run:
         result = run.finish()
     assert result.code == 0, result.output
     assert "checkpoint" in result.output and os.strerror(errno.EFBIG) in result.output

@@ -38,7 +38,6 @@ from running import (
     nursery_of,
     saved,
     table,
-    torchrun,
 )
 
 import envs
@@ -684,11 +683,10 @@ def test_evaluate_takes_another_number_of_agents(larger, size):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_torchrun_ranks_agree_on_the_weights_and_see_observations_of_their_own(tmp_path):
+def test_torchrun_ranks_agree_on_the_weights_and_see_observations_of_their_own(nursery, tmp_path):
     args = SMALL | dict(total_timesteps=4 * 2 * PER_UPDATE, eval_every=10**9, max_grad_norm=1e9)
-    with torchrun(tmp_path, args, RANKS, SCRIPT) as run:
-        result = run.finish()
-    assert result.code == 0, result.output
+    result, other = nursery.run_ranks(tmp_path, args, probe=RANKS)
+    assert [result.code, other.code] == [0, 0], result.output + other.output
     assert "model.pt" in contents(result.folder)
     first, second = (torch.load(tmp_path / f"trace-{rank}.pt") for rank in range(2))
     assert first["weights"] == second["weights"] and len(set(first["weights"])) == 4 * 4 * 4

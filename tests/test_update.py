@@ -113,15 +113,14 @@ RUNS = {  # script and arguments
 
 
 @pytest.fixture(scope="module")
-def noted(tmp_path_factory):
+def noted(nest, tmp_path_factory):
     """{run: [what the probe noted at each gradient step]}."""
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"), ("Swarm", "LunarLander"))
+    nursery = Nursery(nest, tmp_path_factory.mktemp("nursery"), ("Swarm", "LunarLander"))
     cwd, read = tmp_path_factory.mktemp("runs"), {}
     for i, (name, (script, args)) in enumerate(RUNS.items()):
         result = nursery.run_one(cwd / str(i), probe=PROBE, script=ROOT / f"{script}.py", **args)
         assert result.code == 0, result.output
         read[name] = json.loads((cwd / str(i) / "noted.json").read_text())
-    nursery.close()
     return read
 
 
