@@ -1130,6 +1130,7 @@ LIDAR_DT = 0.05  # length of a step [s]
 LIDAR_ROBOT_RADIUS = 0.1  # [m]
 LIDAR_AXLE = 0.2  # from wheel to wheel [m]
 LIDAR_WHEEL_SPEED = 1.0  # the fastest that a wheel turns [m/s]
+LIDAR_LARGEST_COMMAND = 1.2  # to a motor, in LIDAR_WHEEL_SPEED; from 1 on it runs at full speed
 LIDAR_WHEEL_LAG = 0.1  # time constant with which a wheel follows its motor [s]
 LIDAR_RANGE = 3.0  # [m]
 LIDAR_RAYS = 32
@@ -1622,11 +1623,12 @@ def _lidar_step(actions, params, state, scratch, outputs):
 class LidarNavigation(NativeVectorEnv):
     """Robots with two wheels and a lidar, each on the way to one goal after another, in an arena with four walls.
 
-    Action (num_envs, n_agents, 2): the left and the right motor, in [-1, 1] of LIDAR_WHEEL_SPEED, which the wheels
-    follow with the lag LIDAR_WHEEL_LAG. The wheels do not slip: forward speed is their mean, yaw rate their difference
-    over LIDAR_AXLE. A step of LIDAR_DT is within 0.01 mm of the differential equation. A robot is a disc. In contact
-    with a wall, an obstacle or another robot it is pushed clear, sliding along, and its forward speed becomes what it
-    really got ahead.
+    Action (num_envs, n_agents, 2): the left and the right motor. 1 is full speed, LIDAR_WHEEL_SPEED, and so is more, up
+    to LIDAR_LARGEST_COMMAND: policies that tanh keeps within the bounds never get to the bounds themselves. The wheels
+    follow with the lag LIDAR_WHEEL_LAG and do not slip: forward speed is their mean, yaw rate their difference over
+    LIDAR_AXLE. A step of LIDAR_DT is within 0.01 mm of the differential equation. A robot is a disc. In contact with a
+    wall, an obstacle or another robot it is pushed clear, sliding along, and its forward speed becomes what it really
+    got ahead.
 
     Observation (num_envs, n_agents, 36), in the robot's own frame:
 
@@ -1726,7 +1728,7 @@ class LidarNavigation(NativeVectorEnv):
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
-            gym.spaces.Box(-1.0, 1.0, (n_agents, 2), np.float32),
+            gym.spaces.Box(-LIDAR_LARGEST_COMMAND, LIDAR_LARGEST_COMMAND, (n_agents, 2), np.float32),
             render_mode,
             first_env,
         )

@@ -53,7 +53,7 @@ class Args:
     env_id: str = "Swarm"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
-    episode_steps: int | None = 60  # steps of a training episode; evaluation, and None, leave it to the environment
+    episode_steps: int | None = None  # steps of a training episode; None: 60 in Swarm, else as many as in evaluation
     num_envs: int = 64  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
@@ -83,6 +83,8 @@ class Args:
 
     def __post_init__(self):
         check_args(self)
+        if self.episode_steps is None and self.env_id == "Swarm":
+            self.episode_steps = 60  # the hard part is how an episode begins, and of that short ones have more
         rows = self.num_steps * self.num_envs  # that minibatches are drawn from
         if rows % self.num_minibatches or self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:
             allowed = f"it must divide {rows}, and leave two agent-steps or more to a minibatch"

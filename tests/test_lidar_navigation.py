@@ -82,8 +82,8 @@ def drive(x, y, heading, wheel, action, steps=400):
     return state
 
 
-def random_actions(vector, steps, seed=0, low=-1.0):
-    return np.random.default_rng(seed).uniform(low, 1, (steps, *vector.action_space.shape)).astype(np.float32)
+def random_actions(vector, steps, seed=0, low=-1.2):
+    return np.random.default_rng(seed).uniform(low, 1.2, (steps, *vector.action_space.shape)).astype(np.float32)
 
 
 def play(vector, actions):

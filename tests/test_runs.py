@@ -18,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from running import nursery_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -627,6 +628,7 @@ def test_saved_arguments_are_the_defaults_of_an_evaluation(parse, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 SHORT = "--num-actors 0 --num-workers 0 --num-envs 4 --num-steps 16 --total-timesteps 256 --eval-episodes 2"
+SHORT += " --eval-env-kwargs max_episode_steps 20"  # a short video
 
 
 def run_script(cwd, shell):
@@ -642,23 +644,29 @@ def test_a_training_without_an_output_comes_to_its_end(tmp_path, shell):
     assert {"eval.png", "model.pt"} <= set(file_names(folder)) and "checkpoint.pt" not in file_names(folder)
 
 
-def test_a_checkpoint_of_another_network_ends_one_command_and_not_the_next(tmp_path):
-    code = (
-        "import runpy, sys, envs\n"
-        "write = envs.Run.write_checkpoint\n"
-        "def stop(self): write(self); sys.exit('killed')\n"
-        "envs.Run.write_checkpoint = stop\n"
-        f"runpy.run_path({str(ROOT / 'async_ppo.py')!r}, run_name='__main__')\n"
-    )
-    words = [*SHORT.split(), "--checkpoint-every", "64"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True)
+nursery = nursery_of(script=ROOT / "async_ppo.py")
+
+KILLED = """
+import sys, envs
+write = envs.Run.write_checkpoint
+
+def stop(self):
+    write(self)
+    sys.exit("killed")
+
+envs.Run.write_checkpoint = stop
+"""
+
+
+def test_a_checkpoint_of_another_network_ends_one_command_and_not_the_next(nursery, tmp_path):
+    args = dict(num_actors=0, num_workers=0, num_envs=4, num_steps=16, total_timesteps=256, eval_episodes=2)
+    args |= dict(checkpoint_every=64)
+    assert "killed" in nursery.run_one(tmp_path, probe=KILLED, **args).output
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     checkpoint = envs.load(path)
     del checkpoint["model"]["actor.0.weight"]
     torch.save(checkpoint, path)
-    first = run_script(tmp_path, "--checkpoint-every 64")
-    assert first.returncode == 1
-    assert f"{path.relative_to(tmp_path)} is not of this version" in first.stderr
-    second = run_script(tmp_path, "--checkpoint-every 64")
-    assert second.returncode == 0 and "| async_ppo |" in second.stdout
+    first, second = (nursery.run_one(tmp_path, **args) for _ in range(2))
+    assert first.code == 1
+    assert f"{path.relative_to(tmp_path)} is not of this version" in first.output
+    assert second.code == 0 and "| async_ppo |" in second.output

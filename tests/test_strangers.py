@@ -473,17 +473,17 @@ def run(folder, cache):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("kind", ["nbi", "nbc"])
-@pytest.mark.parametrize(
-    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: bytes(len(data))]
-)
-def test_a_damaged_file_of_a_kernel_costs_only_its_compilation(kind, damage, tmp_path):
+def test_a_damaged_file_of_a_kernel_costs_only_its_compilation(tmp_path):
     cache = tmp_path / "cache"
-    run(tmp_path, cache)
-    (file,) = cache.rglob(f"*.{kind}")
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    assert "compiled anew, because of a damaged file" in run(tmp_path, cache)
+    assert "damaged" not in run(tmp_path, cache)
+    for damage in (lambda data: b"", lambda data: data[: len(data) // 2], lambda data: bytes(len(data))):
+        for kind in ("nbi", "nbc"):
+            (file,) = cache.rglob(f"*.{kind}")
+            whole = file.read_bytes()
+            file.write_bytes(damage(whole))
+            assert "compiled anew, because of a damaged file" in run(tmp_path, cache)
+            (file,) = cache.rglob(f"*.{kind}")
+            assert len(file.read_bytes()) == len(whole) and any(file.read_bytes())
     assert "damaged" not in run(tmp_path, cache)
 
 
