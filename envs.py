@@ -2483,6 +2483,7 @@ ARGUMENT_RANGES = {
     "learning_rate": (1e-12, 1e12),
     "num_steps": (1, LARGEST_SIZE),
     "reward_scale": (1e-12, 1e12),
+    "team_reward": (0, 1),
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
     "hybrid_alpha": (0, 1e12),

@@ -14,7 +14,7 @@ it departs from CleanRL's ppo_continuous_action.py:
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
-4. Observations and rewards are taken as they come, neither normalised nor clipped.
+4. Observations and rewards are neither normalised nor clipped; with team_reward the agents share rewards, at first.
 5. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
 6. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold whole rollouts.
 """
@@ -72,6 +72,7 @@ class Args:
     learning_rate: float = 1e-3  # the step size of Adam
     num_steps: int = 32  # steps of each environment in a rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
+    team_reward: float | None = None  # share of the swarm's mean in rewards, falling to 0; None: 1 in Swarm, else 0
     gamma: float = 0.98  # discount
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches in an epoch
@@ -88,6 +89,8 @@ class Args:
         check_args(self)
         if self.episode_steps is None and self.env_id == "Swarm":
             self.episode_steps = 60  # the hard part is how an episode begins, and of that short ones have more
+        if self.team_reward is None:
+            self.team_reward = 1.0 if self.env_id == "Swarm" else 0.0  # with 0, some swarms settle wide apart
         rows = self.num_envs  # that minibatches are drawn from
         if rows % self.num_minibatches or self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:
             allowed = f"it must divide {rows}, and leave two agent-steps or more to a minibatch"
@@ -356,6 +359,7 @@ if __name__ == "__main__":
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
+        team_share = args.team_reward * (1 - (iteration - 1) / num_iterations)
 
         # Rollout
         rollout_start = time.time()
@@ -371,7 +375,7 @@ if __name__ == "__main__":
                 actions = policy.squash(raw_actions[step]).cpu().numpy()
             observations, reward, terminations, truncations, infos = envs.step(actions)
             next_obs, next_neighbors = to_tensors(observations, infos, device)
-            rewards[step] = torch.from_numpy(reward)
+            rewards[step] = torch.from_numpy(reward + team_share * (reward.mean(-1, keepdims=True) - reward))
             dones[step, :, 0] = torch.from_numpy(terminations | truncations)
             # Bootstrap what a time limit cut off
             final_values[step] = 0

@@ -1,7 +1,7 @@
-"""What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, 40 minutes on 2 cores:
+"""What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, an hour on 2 cores:
 
     python benchmarks/lidar_learning.py                                         the goal always shown
-    python benchmarks/lidar_learning.py --hide --folder runs/lidar_hide         a goal that hides, 30 minutes
+    python benchmarks/lidar_learning.py --hide --folder runs/lidar_hide         a goal that hides, likewise
 
 The second one trains in stages, each of which goes on from the model of the one before, with the standard deviation of
 an untrained policy: first the goal is always shown, then in the first 60 observations (3 s) after it was set, in 40 and
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import EPISODES, evaluate, load_policy, print_head, print_row, spread, train, two_at_once
+from common import evaluate, load_policy, mean_and_interval, print_head, print_row, train, two_at_once
 
 import envs
 
 FLAGS = {
-    "ppo_swarm": "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-envs 32 --num-steps 64 "
+    "ppo_swarm": "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-steps 32 "
     "--num-minibatches 8 --learning-rate 7e-4 --total-timesteps 12000000 --eval-every 1000000",
     "ppo_swarm_lstm": "",
 }
@@ -34,6 +34,7 @@ HIDE_FLAGS = {  # the last --total-timesteps counts
     "ppo_swarm": "--total-timesteps 4000000",
     "ppo_swarm_lstm": "--total-timesteps 4000000 --share-lstm --num-steps 128 --num-envs 16",
 }
+EPISODES = 400  # that a policy is judged on, because single ones differ by far
 METRICS = {
     "r": "return",
     "goals": "goals per robot",
@@ -46,7 +47,7 @@ METRICS = {
 @dataclass
 class Options:
     folder: Path = Path("runs/lidar_learning")  # where the runs go
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     scripts: tuple[str, ...] = ("ppo_swarm", "ppo_swarm_lstm")
     hide: bool = False  # train the stages in which the goal hides, instead
 
@@ -62,8 +63,8 @@ def stages(options):
 
 
 def judge(make_policy, **env_kwargs):
-    """{metric: mean} over 100 held-out episodes."""
-    stats = evaluate(make_policy, "LidarNavigation", **env_kwargs)
+    """{metric: mean} over held-out episodes."""
+    stats = evaluate(make_policy, "LidarNavigation", EPISODES, **env_kwargs)
     goals = stats["goals"].sum() or np.nan
     stats["collisions_per_goal"] = stats["collisions"].sum() / goals  # not the mean of ratios
     return {name: float(np.mean(stats[name])) for name in METRICS}
@@ -92,17 +93,19 @@ def main(options):
         print(f"    python {script}.py --seed S {FLAGS[script]} {HIDE_FLAGS[script] if options.hide else ''}")
     for stage, env_kwargs in enumerate(stages(options)):
         print(f"\n{EPISODES} held-out episodes, {env_kwargs or 'default arguments'}; ", end="")
-        print(f"mean +- std over seeds {options.seeds}\n")
-        print_head("policy", *METRICS.values(), "minutes")
+        print(f"means over seeds {options.seeds} with their 95% intervals\n")
+        print_head("policy", *METRICS.values(), "worst seeds: goals, collisions", "minutes")
         for script in options.scripts:
             runs = [all_runs[script, seed][stage] for seed in options.seeds]
             scores = [judge(load_policy(script, run.path / "model.pt"), **env_kwargs) for run in runs]
-            cells = [spread([score[name] for score in scores], 3) for name in METRICS]
+            cells = [mean_and_interval([score[name] for score in scores]) for name in METRICS]
+            fewest = min(score["goals"] for score in scores)
+            most = max(score["collisions_per_goal"] for score in scores)
             minutes = np.mean([run.minutes for run in runs])
-            print_row(f"{script}.py", *cells, f"{minutes:.1f}")
+            print_row(f"{script}.py", *cells, f"{fewest:.3f}, {most:.3f}", f"{minutes:.1f}")
         for name, (make_policy, _) in envs.baselines("LidarNavigation").items():
             score = judge(make_policy, **env_kwargs)
-            print_row(name, *(f"{score[metric]:.3f}" for metric in METRICS), "")
+            print_row(name, *(f"{score[metric]:.3f}" for metric in METRICS), "", "")
 
 
 if __name__ == "__main__":

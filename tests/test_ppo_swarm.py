@@ -286,7 +286,7 @@ sys.setprofile(watch)
 def watched_rollouts(nursery, tmp_path_factory):
     """What went into compute_gae in three updates of a run, and what the environment had really said."""
     cwd = tmp_path_factory.mktemp("ending")
-    args = SMALL | dict(env_id="Ending", policy="gnn", env_kwargs=dict(max_steps=20), num_workers=0)
+    args = SMALL | dict(env_id="Ending", policy="gnn", env_kwargs=dict(max_steps=20), num_workers=0, team_reward=0.25)
     result = nursery.run_one(cwd, probe=ENDING, **args)
     assert (cwd / "seen.pt").exists(), result.output
     return saved(cwd / "seen.pt")
@@ -311,8 +311,10 @@ def test_the_run_bootstraps_nothing_that_terminated_even_if_also_cut_off(watched
 
 
 def test_the_run_trains_on_the_advantages_of_the_definition(watched_rollouts):
-    for batch in watched_rollouts:
-        assert torch.equal(batch["rewards"], batch["env_rewards"])
+    for update, batch in enumerate(watched_rollouts):
+        share = 0.25 * (1 - update / NUM_UPDATES)  # --team-reward falls to 0
+        expected = (1 - share) * batch["env_rewards"] + share * batch["env_rewards"].mean(-1, keepdim=True)
+        torch.testing.assert_close(batch["rewards"], expected)
         names = ("rewards", "values", "last_value", "final_values", "dones")
         expected = gae_by_definition(*(batch[name].double() for name in names), batch["gamma"], batch["gae_lambda"])
         torch.testing.assert_close(batch["advantages"].double(), expected, rtol=1e-4, atol=1e-5)
