@@ -3,6 +3,7 @@
     python benchmarks/swarm_learning.py                                              10 agents, 40 minutes on 2 cores
     python benchmarks/swarm_learning.py --n-agents 40 --seeds 1 2 3 4 5
     python benchmarks/swarm_learning.py --policies gnn attention --critics local central --seeds 1 2 3 4 5
+    python benchmarks/swarm_learning.py --flags="--team-reward 0"                    an ablation
 
 For each setting `python ppo_swarm.py --n-agents N --policy P --critic C --seed S`, with FLAGS for 40 agents and default
 flags else, two runs side by side with one torch thread each. Prints one table of the reward per agent-step on held-out
@@ -35,6 +36,7 @@ class Options:
     policies: tuple[str, ...] = ("mlp",)
     critics: tuple[str, ...] = ("local",)
     count_self: bool = False  # the published reward to the letter: an agent counts among its own neighbours
+    flags: str = ""  # further ones of ppo_swarm.py for all runs, as in: --team-reward 0
 
 
 def per_step(make_policy, seed=None, **env_kwargs):
@@ -81,7 +83,8 @@ def main(options):
         flags = f"--n-agents {n_agents} --policy {policy} --critic {critic} --seed {seed} {FLAGS.get(n_agents, '')}"
         if options.count_self:
             flags += " --env-kwargs count_self True"
-        name = f"{n_agents}-{policy}-{critic}-{options.count_self}-{seed}"
+        flags += f" {options.flags}"
+        name = f"{n_agents}-{policy}-{critic}-{options.count_self}{options.flags.replace(' ', '')}-{seed}"
         return train("ppo_swarm.py", flags, options.folder / name)
 
     settings = list(product(options.n_agents, options.policies, options.critics))
