@@ -2511,6 +2511,9 @@ def check_args(args):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}: it must be from {low} to {high}")
+    for name, value in [*args.env_kwargs.items(), *getattr(args, "eval_env_kwargs", {}).items()]:
+        if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, and so true in any case
+            raise ValueError(f"{name} is {value!r}, a text: as a truth value it must be True or False")
     if "n_agents" in args.env_kwargs and hasattr(args, "n_agents"):
         raise ValueError(f"env_kwargs is {args.env_kwargs}: n_agents must be given by itself, as --n-agents")
 

@@ -6,6 +6,7 @@ Most of it is tested on `envs.Run` itself, in this process; what needs a whole s
 import dataclasses
 import errno
 import fcntl
+import importlib
 import math
 import os
 import signal
@@ -592,6 +593,16 @@ def test_env_kwargs_are_texts_numbers_and_truth_values(parse):
     given = parse("--env-kwargs", "map_name", "8x8", "gravity", "-9", "size", "0.5", "windy", "True").env_kwargs
     assert given == {"map_name": "8x8", "gravity": -9, "size": 0.5, "windy": True}
     assert [type(value) for value in given.values()] == [str, int, float, bool]
+
+
+@pytest.mark.parametrize("script", ["ppo_swarm", "ppo_swarm_lstm", "grpo_perep", "async_ppo"])
+def test_truth_values_that_would_be_taken_for_texts_are_refused(script):
+    Args = importlib.import_module(script).Args
+    for word in ("true", "false", "FALSE"):
+        for name in {"env_kwargs", "eval_env_kwargs"} & set(Args.__dataclass_fields__):
+            with pytest.raises(ValueError, match=f"windy is '{word}', a text: .* must be True or False"):
+                Args(**{name: {"windy": word}})
+    assert Args(env_kwargs={"windy": False}).env_kwargs == {"windy": False}
 
 
 def test_env_kwargs_given_twice_are_refused(parse):
