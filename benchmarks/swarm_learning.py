@@ -1,6 +1,6 @@
 """What ppo_swarm.py learns on Swarm, against the best rules of a grid. From the repository's root:
 
-    python benchmarks/swarm_learning.py                                              10 agents, 40 minutes on 2 cores
+    python benchmarks/swarm_learning.py                                              10 agents, over an hour on 2 cores
     python benchmarks/swarm_learning.py --n-agents 40 --seeds 1 2 3 4 5
     python benchmarks/swarm_learning.py --policies gnn attention --critics local central --seeds 1 2 3 4 5
     python benchmarks/swarm_learning.py --flags="--team-reward 0"                    an ablation
