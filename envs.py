@@ -210,6 +210,8 @@ class Outputs(NamedTuple):
     stats: np.ndarray  # (num_envs, len(stat_names)), of the episodes that end in this step
     neighbors: np.ndarray | None = None  # (num_envs, n_agents, n_neighbors), indices, where an environment tells them
     final_neighbors: np.ndarray | None = None
+    unseen: np.ndarray | None = None  # (num_envs, n_agents, unseen_dim), likewise: what observations hide
+    final_unseen: np.ndarray | None = None
 
 
 def _make_buffers(num_envs, observation_space, reward_shape, stat_names):
@@ -284,6 +286,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     autoreset_mode = AutoresetMode.SAME_STEP
     episode_info = True
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
+    unseen_dim = 0  # length of infos["unseen"] of an agent
     stat_names = ("r", "l")  # columns of buffers["stats"]
     max_steps = None
     start_shapes = {}
@@ -1484,6 +1487,7 @@ def _lidar_observe(env, params, state, scratch, outputs):
     obstacle = state.obstacle
     wheel = state.wheel
     observations = outputs.observations
+    unseen = outputs.unseen
     disc = scratch.disc
     order = scratch.order
     start = scratch.lidar_start
@@ -1541,6 +1545,8 @@ def _lidar_observe(env, params, state, scratch, outputs):
         shown = (state.goal_age[env, i] < params.goal_visible_steps) / (1.0 + math.sqrt(dx * dx + dy * dy))
         observations[env, i, LIDAR_RAYS + 2] = shown * (cos * dx + sin * dy)
         observations[env, i, LIDAR_RAYS + 3] = shown * (cos * dy - sin * dx)
+        unseen[env, i, 0] = (cos * dx + sin * dy) / LIDAR_RANGE
+        unseen[env, i, 1] = (cos * dy - sin * dx) / LIDAR_RANGE
 
 
 @inlined
@@ -1615,6 +1621,7 @@ def _lidar_step(actions, params, state, scratch, outputs):
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
         if outputs.truncations[env]:
             outputs.final_observations[env] = outputs.observations[env]
+            outputs.final_unseen[env] = outputs.unseen[env]
             _lidar_stats(actions.shape[1], state.totals[env], outputs.stats[env])
             _lidar_reset(env, True, True, True, True, params, state, scratch.disc)
             _lidar_observe(env, params, state, scratch, outputs)
@@ -1641,7 +1648,8 @@ class LidarNavigation(NativeVectorEnv):
     A ray reads exactly 1 where nothing is within range, -1 at no distance, and the last 0.5 m take half of the scale.
     Policies learn faster from this than from a linear scale, or from one that starts at 0, of which tanh layers see
     little but the mean. `lidar_distance` gives metres back. With `goal_visible_steps` a goal is in that many
-    observations, from the one on which it was set, and (0, 0) in all later ones: it has to be remembered.
+    observations, from the one on which it was set, and (0, 0) in all later ones: it has to be remembered. Where it
+    truly is always comes as `infos["unseen"]` (num_envs, n_agents, 2), forward and left in lidar ranges, for training.
 
     A robot within LIDAR_GOAL_RADIUS of its goal has arrived and gets a new goal in the same step. Reward of a robot:
     the weighted sum of these terms.
@@ -1671,6 +1679,8 @@ class LidarNavigation(NativeVectorEnv):
     """
 
     metadata = NativeVectorEnv.metadata | {"render_fps": round(1.0 / LIDAR_DT)}
+    info_names = ("unseen",)
+    unseen_dim = 2
     stat_names = (
         *("r", "l", "goals", "collisions", "collisions_per_goal", "path_efficiency", "contact"),
         *(f"reward_{term}" for term in LIDAR_REWARD_TERMS),
@@ -1744,6 +1754,8 @@ class LidarNavigation(NativeVectorEnv):
             "goal": (0.0, corner),
             "obstacle": (0.0, np.append(corner, LIDAR_OBSTACLE_RADII[1])),
         }
+        self.buffers["unseen"] = np.zeros((num_envs, n_agents, self.unseen_dim), np.float32)
+        self.buffers["final_unseen"] = np.zeros((num_envs, n_agents, self.unseen_dim), np.float32)
         self.state = LidarState(
             position=np.zeros((num_envs, n_agents, 2)),
             direction=np.zeros((num_envs, n_agents, 2)),
@@ -2294,14 +2306,15 @@ LONGEST_EPISODE = 100_000  # steps; what goes on for longer has no time limit, a
 
 
 def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwargs):
-    """Run `num_episodes` episodes, one in each of as many environments, in this process.
+    """Run `num_episodes` episodes, one in each of as many environments; Gymnasium's on workers, where none is drawn.
 
     Returns (stats, rewards, frames): stats maps "r", "l" and the environment's metrics to (num_episodes,) arrays;
     rewards (length of the longest episode, num_episodes) is the mean reward over agents at each step, NaN once an
     episode has ended; frames are pictures of the first environment, empty unless `record`. RuntimeError after
     LONGEST_EPISODE steps.
     """
-    envs = make_vec(env_id, num_episodes, num_workers=0, render_mode="rgb_array" if record else None, **env_kwargs)
+    num_workers = 0 if record or env_id in NATIVE_ENVS else None
+    envs = make_vec(env_id, num_episodes, num_workers, render_mode="rgb_array" if record else None, **env_kwargs)
     policy = make_policy(envs)
     observations, infos = envs.reset(seed=seed)
     stats = None
@@ -2819,6 +2832,7 @@ class Run:
             self._open_logs()
         self.first_step = self.last_step = self.step
         self.start_time = time.time()
+        self.evaluation_seconds = 0.0
 
     @contextlib.contextmanager
     def restoring(self):
@@ -2865,6 +2879,7 @@ class Run:
         """
         if self.rank > 0 or not self._is_due("eval_every"):
             return
+        start_time = time.time()
         episodes = self.args["eval_episodes"]
         stats, _, _ = evaluate(self.make_policy, self.env_id, episodes, VALIDATION_SEED, **self.env_kwargs)
         make_sampled = partial(self.make_policy, greedy=False)
@@ -2882,6 +2897,7 @@ class Run:
         per_step = (stats["r"] / stats["l"]).mean()
         text = f"return {score:.2f}, {per_step:.3f} a step, length {stats['l'].mean():.0f}"
         text += f", with noise {sampled['r'].mean():.2f}"
+        self.evaluation_seconds += time.time() - start_time
         self.progress.write(f"step {self.step:,}: held-out {text}{', the best so far' if best else ''}")
 
     def checkpoint_due(self):
@@ -2966,7 +2982,9 @@ class Run:
             save({"args": self.args, "model": agent.state_dict(), "score": math.nan}, self.folder / "model.pt")
         episodes = self.args["eval_episodes"]
         policies = _policies(self.args["exp_name"], self.make_policy)
+        start_time = time.time()
         scores, table = compare(policies, self.env_id, episodes, TEST_SEED, self.folder, **self.env_kwargs)
+        self.evaluation_seconds += time.time() - start_time
         print(f"\nThe best policy on {episodes} other held-out episodes:\n\n{table}\n")
         _film_comparison(self.args["exp_name"], self.make_policy, scores, self.env_id, self.env_kwargs, self.folder)
         if self.first_step < self.total_steps or not self.events.has_test_scores():
@@ -2974,7 +2992,9 @@ class Run:
         self.events.close()
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         files = ", ".join(sorted(os.listdir(self.folder)))
-        print(f"{(time.time() - self.start_time) / 60:.1f} minutes. In {self.folder}: {files}")
+        seconds = time.time() - self.start_time
+        share = self.evaluation_seconds / seconds
+        print(f"{seconds / 60:.1f} minutes, {share:.0%} of them evaluations. In {self.folder}: {files}")
 
     def _open_logs(self):
         from tqdm import tqdm
@@ -3186,6 +3206,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
     autoreset_mode = AutoresetMode.SAME_STEP
     episode_info = True
     info_names = ()
+    unseen_dim = 0
     stat_names = ("r", "l")
 
     def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
@@ -3404,6 +3425,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self.autoreset_mode = probe.autoreset_mode
         self.episode_info = probe.episode_info
         self.info_names = probe.info_names
+        self.unseen_dim = probe.unseen_dim
         self.stat_names = probe.stat_names
         self.single_observation_space = probe.single_observation_space
         self.single_action_space = probe.single_action_space

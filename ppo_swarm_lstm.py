@@ -82,6 +82,7 @@ class Args:
     clip_vloss: bool = False  # clip the value loss as well
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
+    guess_coef: float = 0.0  # weight of the loss of guessing infos["unseen"], which is known in training only
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
@@ -203,7 +204,7 @@ class Agent(nn.Module):
         policy_agents = None if args.share_policy else args.n_agents
         critic_agents = None if args.share_critic else args.n_agents
         self.actor = RecurrentTrunk(args, obs_dim, policy_agents)
-        self.actor_mean = Linear(args.hidden_dim, act_dim, policy_agents, std=0.01)
+        self.actor_mean = Linear(args.hidden_dim, act_dim + envs.unseen_dim, policy_agents, std=0.01)
         self.actor_logstd = nn.Parameter(torch.full((policy_agents or 1, act_dim), args.init_logstd))
         self.critic = None if args.share_lstm else RecurrentTrunk(args, obs_dim, critic_agents)
         self.central = args.critic == "central"
@@ -219,8 +220,11 @@ class Agent(nn.Module):
 
     def get_policy(self, obs, neighbors, state, starts):
         features, state = self.actor(obs, neighbors, state, starts)
-        mean = self.actor_mean(features).view(*obs.shape[:-1], -1)
-        return SquashedNormal(mean, self.actor_logstd, self.action_low, self.action_high), state
+        output = self.actor_mean(features).view(*obs.shape[:-1], -1)
+        mean, guess = output.tensor_split([len(self.action_low)], dim=-1)
+        policy = SquashedNormal(mean, self.actor_logstd, self.action_low, self.action_high)
+        policy.guess = guess  # of what the agent does not see
+        return policy, state
 
     def make_policy(self, envs, greedy=True):
         """The policy on arrays, as envs.py evaluates it: the mode of its actions, or drawn as in training."""
@@ -342,6 +346,7 @@ if __name__ == "__main__":
     values = torch.zeros(shape, device=device)
     final_values = torch.zeros(shape, device=device)
     dones = torch.zeros((*shape[:2], 1), device=device)
+    unseen = torch.zeros((*shape, envs.unseen_dim), device=device)
     memory = torch.zeros((2, 2, *shape[1:], args.hidden_dim), device=device)  # of actor and critic, each (h, c)
 
     run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
@@ -353,7 +358,8 @@ if __name__ == "__main__":
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             torch.set_rng_state(own["rng"])
-            next_obs, next_neighbors = to_tensors(*envs.set_state(own["envs"]), device)
+            observations, infos = envs.set_state(own["envs"])
+            next_obs, next_neighbors = to_tensors(observations, infos, device)
             memory[:] = own["memory"]
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
@@ -367,6 +373,8 @@ if __name__ == "__main__":
         for step in range(args.num_steps):
             obs[step] = next_obs
             neighbors[step] = next_neighbors
+            if envs.unseen_dim:
+                unseen[step] = torch.from_numpy(infos["unseen"])
             with torch.no_grad():
                 policy, memory[0] = agent.get_policy(next_obs, next_neighbors, memory[0], dones[step - 1])
                 values[step], memory[1] = agent.get_value(next_obs, next_neighbors, memory[1], dones[step - 1])
@@ -396,9 +404,9 @@ if __name__ == "__main__":
 
         # Update
         update_start = time.time()
-        batch = [obs, neighbors, raw_actions, logprobs, advantages, returns, values]
+        batch = [obs, neighbors, raw_actions, logprobs, advantages, returns, values, unseen]
         batch = [x.transpose(0, 1) for x in batch]  # (num_envs, num_steps, ...)
-        b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values = batch
+        b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values, b_unseen = batch
         b_starts = torch.cat([torch.zeros_like(dones[:1]), dones[:-1]]).transpose(0, 1)  # (num_envs, num_steps, 1)
         losses = []  # of every minibatch
         logratios = []
@@ -427,8 +435,10 @@ if __name__ == "__main__":
                 # Entropy: at ent_coef 0 it is only logged, and its gradient would be a waste of time
                 with torch.set_grad_enabled(args.ent_coef > 0):
                     entropy = policy.entropy().mean()
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                losses.append(torch.stack([v_loss, pg_loss, entropy]).detach())
+                # The guess of what the agents do not see
+                guess_loss = ((policy.guess - b_unseen[mb_inds]) ** 2).sum(-1).mean()
+                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
+                losses.append(torch.stack([v_loss, pg_loss, entropy, guess_loss]).detach())
                 logratios.append(logratio.detach())
                 if args.target_kl is not None and average(approx_kl(logratio.detach())) > args.target_kl:
                     kl_exceeded = True
@@ -442,12 +452,13 @@ if __name__ == "__main__":
                 break
 
         # Log
-        v_loss, pg_loss, entropy = torch.stack(losses).mean(0)
+        v_loss, pg_loss, entropy, guess_loss = torch.stack(losses).mean(0)
         logratio = torch.stack(logratios)
         scalars = {
             "losses/value_loss": v_loss,
             "losses/policy_loss": pg_loss,
             "losses/entropy": entropy,
+            "losses/guess_loss": guess_loss,
             "losses/old_approx_kl": (-logratio).mean(),
             "losses/approx_kl": approx_kl(logratio),
             "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),

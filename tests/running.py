@@ -547,6 +547,7 @@ def crowd(batch=2, n_agents=7, n_neighbors=3, presence=0.7, seed=0):
 class Spaces:
     """All that Agent wants to know of an environment."""
 
-    def __init__(self, n_agents, obs_dim):
+    def __init__(self, n_agents, obs_dim, unseen_dim=0):
+        self.unseen_dim = unseen_dim
         self.single_observation_space = envs.gym.spaces.Box(-1, 1, (n_agents, obs_dim), np.float32)
         self.single_action_space = envs.gym.spaces.Box(-2, 2, (n_agents, 1), np.float32)

@@ -26,7 +26,8 @@ def literal(make_policy, env_id, num_episodes, seed, **env_kwargs):
 
 
 @pytest.mark.parametrize(
-    "env_id, env_kwargs", [("LunarLander", {"max_steps": 110}), ("Swarm", {"n_agents": 3, "max_steps": 7})]
+    "env_id, env_kwargs",
+    [("LunarLander", {"max_steps": 110}), ("Swarm", {"n_agents": 3, "max_steps": 7}), ("CartPole-v1", {})],
 )
 def test_an_evaluation_is_of_the_first_episode_of_each_environment_and_of_nothing_after_it(env_id, env_kwargs):
     stats, rewards, frames = envs.evaluate(envs.random_policy, env_id, 12, 5, **env_kwargs)

@@ -414,7 +414,7 @@ def test_progress_telescopes_and_an_arrival_brings_a_new_goal_in_the_same_step()
 @pytest.mark.parametrize("visible", [1, 2, 7])
 def test_a_goal_is_shown_for_its_first_observations_and_then_hidden(visible):
     vector, always = make(2, goal_visible_steps=visible, max_steps=20), make(2, max_steps=20)
-    observations, shown = vector.reset(seed=0)[0], always.reset(seed=0)[0]
+    (observations, infos), (shown, _) = vector.reset(seed=0), always.reset(seed=0)
     age = np.zeros((2, 10), int)
     for action in random_actions(vector, 45, low=-0.5):
         hidden = age >= visible
@@ -422,8 +422,16 @@ def test_a_goal_is_shown_for_its_first_observations_and_then_hidden(visible):
         expected = np.where(hidden[..., None], 0, shown[..., 34:])
         assert np.array_equal(observations[..., 34:], expected)
         assert np.array_equal(observations[..., :34], shown[..., :34])
+        distance = np.linalg.norm(shown[..., 34:].astype(float), axis=-1, keepdims=True)
+        where = shown[..., 34:] / (1 - distance) / envs.LIDAR_RANGE  # where it is, in lidar ranges
+        np.testing.assert_allclose(infos["unseen"], where, atol=1e-5)
         goal = vector.get_state()["goal"]
-        (observations, _, _, truncations, _), (shown, _, _, _, _) = vector.step(action), always.step(action)
+        (observations, _, _, truncations, infos), (shown, _, _, _, last) = vector.step(action), always.step(action)
+        if truncations.any():
+            assert np.array_equal(infos["final_info"]["unseen"], last["final_info"]["unseen"])
+            distance = np.linalg.norm(last["final_obs"][..., 34:].astype(float), axis=-1, keepdims=True)
+            where = last["final_obs"][..., 34:] / (1 - distance) / envs.LIDAR_RANGE
+            np.testing.assert_allclose(infos["final_info"]["unseen"], where, atol=1e-5)
         arrived = (vector.get_state()["goal"] != goal).any(-1)
         age = np.where(arrived | truncations[:, None], 0, age + 1)
 

@@ -565,7 +565,12 @@ def test_the_lstm_solves_a_task_that_needs_memory_and_the_mlp_cannot(nursery, tm
 
 # A checkpoint every 64 steps, episodes of 48: the first is in the middle of all episodes, the third at the end of the
 # first environment's.
-RUN = SMALL | dict(total_timesteps=10 * PER_UPDATE, checkpoint_every=2 * PER_UPDATE, env_kwargs=dict(max_steps=48))
+RUN = SMALL | dict(
+    total_timesteps=10 * PER_UPDATE,
+    checkpoint_every=2 * PER_UPDATE,
+    guess_coef=1.0,
+    env_kwargs=dict(max_steps=48, goal_visible_steps=5),
+)
 KILL = """
 import os, shutil, signal, envs
 save, count = envs.save, 0
@@ -601,6 +606,8 @@ def test_a_run_leaves_its_events_model_plot_and_video_and_warns_of_nothing(runs)
         "model.pt",
     ]
     assert list(table(result.output))[1:] == ["ppo_swarm_lstm", "sampled", "steering", "planning", "random"]
+    (share,) = re.findall(r"minutes, (\d+)% of them evaluations", result.output)
+    assert 1 <= int(share) < 100
     assert "Warning" not in result.output
 
 
@@ -638,6 +645,53 @@ def test_a_run_killed_twice_ends_with_identical_weights_and_curves(killed, runs)
     assert_same_weights(killed.folder / "model.pt", runs["first"].folder / "model.pt")
     assert_same_curves(killed.folder, runs["first"].folder)
     assert table(killed.output) == table(runs["first"].output)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is not seen
+# ----------------------------------------------------------------------------------------------------------------------
+
+UNSEEN = """
+import atexit
+targets, index_select = [], torch.Tensor.index_select
+
+def watching(self, dim, index):  # the first minibatch of an update begins with this
+    run = sys._getframe(1).f_globals
+    if "b_unseen" in run and len(targets) < run["iteration"]:
+        targets.append({name: run[name].clone() for name in ("obs", "unseen")})
+    return index_select(self, dim, index)
+
+torch.Tensor.index_select = watching
+atexit.register(lambda: torch.save(targets, "targets.pt"))
+"""
+
+
+def test_guesses_aim_at_where_the_goal_is_when_they_are_made_and_get_better(nursery, tmp_path):
+    args = SMALL | dict(total_timesteps=30 * PER_UPDATE, eval_every=10**9, env_kwargs=dict(max_steps=50))
+    jobs = [(tmp_path / f"{coef}", args | dict(guess_coef=coef)) for coef in (0.0, 3.0)]
+    alone, guessing = nursery.run(*jobs, probe=UNSEEN)
+    assert alone.code == guessing.code == 0, alone.output + guessing.output
+    for rollout in torch.load(tmp_path / "3.0" / "targets.pt")[:3]:
+        shown = rollout["obs"][..., -2:]  # a goal that is always shown says itself where it is
+        distance = shown.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(rollout["unseen"], shown / (1 - distance) / envs.LIDAR_RANGE, rtol=1e-4, atol=1e-5)
+    without, losses = (curves(run.folder)["losses/guess_loss"] for run in (alone, guessing))
+    assert losses[-1][1] < 0.5 * losses[0][1] and losses[-1][1] < 0.5 * without[-1][1]
+
+
+def test_the_guess_leaves_actions_and_values_alone():
+    obs, neighbors, state = sequences()
+    agent = agent_of(Spaces(N_AGENTS, obs.shape[-1], unseen_dim=3)).double()
+    policy, _ = agent.get_policy(obs, neighbors, state, STARTS)
+    assert policy.mean.shape == (BATCH, STEPS, N_AGENTS, 1) and policy.guess.shape == (BATCH, STEPS, N_AGENTS, 3)
+    before = policy.log_prob(policy.mode)
+    with torch.no_grad():
+        agent.actor_mean.weight[:, 1:] += 1
+    policy, _ = agent.get_policy(obs, neighbors, state, STARTS)
+    assert torch.equal(policy.log_prob(policy.mode), before)
+    policy.guess.square().mean().backward()
+    assert agent.actor_mean.weight.grad[:, 0].eq(0).all() and agent.actor.embed.weight.grad.any()
+    assert all(parameter.grad is None for parameter in agent.critic.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
