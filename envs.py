@@ -6,6 +6,7 @@ In order:
     Write one        `NativeVectorEnv`, the base of the native environments, and what a batch writes a step into
     Randomness       one counter-based generator per environment
     Grid             points sorted into cells, so that neighbours are looked for nearby only
+    Neighbors        the nearest others of an agent, and how it observes them
     Swarm            flocking in a periodic box, and the Vicsek model
     LidarNavigation  robots with wheels and a lidar among walls and obstacles, and two drivers
     VmasNavigation   the navigation scenario of VMAS, step for step
@@ -495,6 +496,86 @@ def _sort_into_cells(points, cells, side, order, start):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Neighbors
+# ----------------------------------------------------------------------------------------------------------------------
+# With `n_neighbors`, an agent's observation begins with a block of features for each of its nearest others, nearest
+# first, zeros for an absent one. `infos["neighbors"]` says who they are, so that policies can send them messages.
+
+NEIGHBOR_FEATURES = 8  # forward, left, cos and sin of the heading, direction (forward, left), spacing, presence
+NEIGHBOR_LOW = (-1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 0.0)  # the smallest value of each; the largest is 1
+NEIGHBOR_SPACING = 0.1  # distance at which the observed spacing is 0 [radius]
+NEIGHBOR_NEAR = 0.05  # distance within which an observed direction fades [radius]
+
+
+@inlined
+def _insert_neighbor(distance, other, nearest, neighbors):
+    """Enter another agent among the nearest so far, if it is one: by selection, because branches would mispredict."""
+    for k in range(nearest.shape[0]):
+        closer = distance < nearest[k]
+        last = nearest[k]
+        last_other = neighbors[k]
+        nearest[k] = distance if closer else last
+        neighbors[k] = other if closer else last_other
+        distance = last if closer else distance
+        other = last_other if closer else other
+
+
+@kernel
+def _find_neighbors(env, position, reach, cells, side, order, start, nearest, neighbors):
+    """Who is nearest to whom within `reach`, in a plane that is not periodic; where one is absent, the agent itself.
+
+    Each cell is at least `reach` wide; those at the edge of the square also hold what is beyond it.
+    """
+    n_agents, n_neighbors = neighbors.shape[1:]
+    _sort_into_cells(position[env], cells, side, order, start)
+    for m in range(n_agents):  # in the order of the grid, so that what is near in the plane is near in the cache
+        i = order[m]
+        x, y = position[env, i, 0], position[env, i, 1]
+        for k in range(n_neighbors):
+            nearest[k] = reach * reach
+            neighbors[env, i, k] = i
+        row, column = _cell(x, cells, side), _cell(y, cells, side)
+        for a in range(max(row - 1, 0), min(row + 2, cells)):
+            begin = start[a * cells + max(column - 1, 0)]  # neighbouring cells of a row follow one another
+            end = start[a * cells + min(column + 1, cells - 1) + 1]
+            for other in range(begin, end):
+                j = order[other]
+                dx, dy = position[env, j, 0] - x, position[env, j, 1] - y
+                squared = dx * dx + dy * dy
+                if squared < nearest[n_neighbors - 1] and j != i:
+                    _insert_neighbor(squared, j, nearest, neighbors[env, i])
+
+
+@inlined
+def _observe_offset(forward, left, features):
+    """An offset [radii] at the scale of what is near: its direction, which fades close to 0, and the spacing."""
+    distance = math.sqrt(forward * forward + left * left)
+    features[0] = forward / (distance + NEIGHBOR_NEAR)
+    features[1] = left / (distance + NEIGHBOR_NEAR)
+    features[2] = (distance - NEIGHBOR_SPACING) / (distance + NEIGHBOR_SPACING)
+
+
+@inlined
+def _observe_neighbor(forward, left, cos, sin, features):
+    """A neighbour that is present: its offset [radii], cos and sin of its heading (or what an agent has instead)."""
+    features[0] = forward
+    features[1] = left
+    features[2] = cos
+    features[3] = sin
+    _observe_offset(features[0], features[1], features[4:7])
+    features[7] = 1.0
+
+
+def _draw_links(surface, position, neighbors):
+    """Thin lines from every agent (pixels) to its neighbours."""
+    import pygame
+
+    for i, others in enumerate(neighbors):
+        for j in others[others != i]:
+            pygame.draw.line(surface, (190, 215, 255), position[i].tolist(), position[j].tolist(), 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Swarm
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -503,9 +584,7 @@ SWARM_OBSTACLE_RADIUS = 0.5  # [length]
 SWARM_PUBLISHED_DENSITY = 0.4  # 40 agents in a box of side 10 [agents per unit area]
 SWARM_SPAWN_TRIES = 100  # places tried for each agent
 SWARM_PUSH = 2.0  # largest push forward and left, on a heading of length 1: enough to turn back
-SWARM_SPACING = 0.1  # distance at which cohesion is greatest [radius]
-SWARM_NEAR = 0.05  # distance within which a direction in an observation fades [radius]
-NEIGHBOR_FEATURES = 8  # forward, left, cos and sin of the heading, direction (forward, left), spacing, presence
+SWARM_SPACING = NEIGHBOR_SPACING  # distance at which cohesion is greatest [radius]
 SWARM_OWN_FEATURES = 12  # turn, crowding, mean of all seen (7, as of a neighbour), obstacle (forward, left, presence)
 SWARM_REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
 
@@ -682,15 +761,6 @@ def _closeness(distance, radius):
 
 
 @inlined
-def _observe_offset(forward, left, features):
-    """An offset [radii] at the scale on which the reward turns: its direction, which fades near 0, and the spacing."""
-    distance = math.sqrt(forward * forward + left * left)
-    features[0] = forward / (distance + SWARM_NEAR)
-    features[1] = left / (distance + SWARM_NEAR)
-    features[2] = (distance - SWARM_SPACING) / (distance + SWARM_SPACING)
-
-
-@inlined
 def _swarm_observe(env, params, state, scratch, outputs):
     """What every agent sees, its neighbours' indices, and the reward terms that depend on neighbours."""
     position = state.position[env]
@@ -753,14 +823,7 @@ def _swarm_observe(env, params, state, scratch, outputs):
             cohesion += _closeness(distance, radius)
             sum_dx, sum_dy = sum_dx + dx, sum_dy + dy
             sum_cos, sum_sin = sum_cos + pose[other, 2], sum_sin + pose[other, 3]
-            for k in range(n_neighbors):  # insert it, nearest first, by selection: branches would mispredict
-                closer = distance < nearest[k]
-                last = nearest[k]
-                last_other = neighbors[i, k]
-                nearest[k] = distance if closer else last
-                neighbors[i, k] = other if closer else last_other
-                distance = last if closer else distance
-                other = last_other if closer else other
+            _insert_neighbor(distance, other, nearest, neighbors[i])
 
         # Neighbours, in the agent's own frame
         for feature in range(own + SWARM_OWN_FEATURES):
@@ -771,13 +834,13 @@ def _swarm_observe(env, params, state, scratch, outputs):
             feature = k * NEIGHBOR_FEATURES
             dx, dy = pose[other, 0] - x, pose[other, 1] - y
             dx, dy = box_size / radius * (dx - np.rint(dx)), box_size / radius * (dy - np.rint(dy))
-            observations[i, feature] = cos * dx + sin * dy
-            observations[i, feature + 1] = cos * dy - sin * dx
-            observations[i, feature + 2] = cos * pose[other, 2] + sin * pose[other, 3]
-            observations[i, feature + 3] = cos * pose[other, 3] - sin * pose[other, 2]
-            near = observations[i, feature + 4 : feature + 7]
-            _observe_offset(observations[i, feature], observations[i, feature + 1], near)
-            observations[i, feature + 7] = 1.0
+            _observe_neighbor(
+                cos * dx + sin * dy,
+                cos * dy - sin * dx,
+                cos * pose[other, 2] + sin * pose[other, 3],
+                cos * pose[other, 3] - sin * pose[other, 2],
+                observations[i, feature : feature + NEIGHBOR_FEATURES],
+            )
             neighbors[i, k] = order[other]
         for k in range(kept, n_neighbors):
             neighbors[i, k] = i
@@ -1000,9 +1063,8 @@ class Swarm(NativeVectorEnv):
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
         self.max_steps = self.params.max_steps
-        neighbor_low = np.float32([-1, -1, -1, -1, -1, -1, -1, 0])
-        own_low = np.float32([-1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0])
-        low = np.concatenate([np.tile(neighbor_low, n_neighbors), own_low])
+        own_low = [-1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0]
+        low = np.float32([*NEIGHBOR_LOW * n_neighbors, *own_low])
         turns = gym.spaces.Box(-self.params.max_turn, self.params.max_turn, (n_agents, 1), np.float32)
         pushes = gym.spaces.Box(-1.0, 1.0, (n_agents, 2), np.float32)
         super().__init__(
@@ -1189,6 +1251,8 @@ class LidarParams(NamedTuple):
     side: float  # of the square that the cell grids divide: the longer side of the arena [m]
     lidar_cells: int  # grid cells along it, each at least a lidar's range and the largest radius wide
     contact_cells: int  # the same for contacts, each at least as wide as two touching discs are apart
+    radio_cells: int  # the same for radios, each at least their range wide
+    radio_range: float  # [m]
     weights: np.ndarray  # (4,), one per reward term
 
 
@@ -1222,6 +1286,9 @@ class LidarScratch(NamedTuple):
     contact_start: np.ndarray  # (contact cells ** 2 + 1,)
     sorted: np.ndarray  # (n_obstacles + n_agents, 3), `disc` in that order [lidar ranges]
     seen: np.ndarray  # (n_obstacles + n_agents, 3), forward, left and squared radius of what a lidar can hit [ranges]
+    radio_order: np.ndarray  # (n_agents,), robots sorted by grid cell
+    radio_start: np.ndarray  # (radio cells ** 2 + 1,), where each cell begins there
+    nearest: np.ndarray  # (n_neighbors,), squared distances of a robot's nearest so far [m^2]
 
 
 @kernel
@@ -1479,14 +1546,43 @@ def lidar_distance(reading):
     return LIDAR_RANGE * (1.0 + reading) / (6.0 - 4.0 * reading)
 
 
+@kernel
+def _lidar_hear(env, position, direction, params, scratch, neighbors, observations):
+    """What the robots of one environment know of their neighbours by radio: where they are, and where they head."""
+    reach = params.radio_range
+    cells = params.radio_cells
+    order = scratch.radio_order
+    start = scratch.radio_start
+    _find_neighbors(env, position, reach, cells, params.side, order, start, scratch.nearest, neighbors)
+    scale = 1.0 / reach
+    for i in range(neighbors.shape[1]):
+        x, y = position[env, i, 0], position[env, i, 1]
+        cos, sin = direction[env, i, 0], direction[env, i, 1]
+        for k in range(neighbors.shape[2]):
+            j = neighbors[env, i, k]
+            features = observations[env, i, k * NEIGHBOR_FEATURES : (k + 1) * NEIGHBOR_FEATURES]
+            if j == i:
+                features[:] = 0.0
+                continue
+            dx, dy = scale * (position[env, j, 0] - x), scale * (position[env, j, 1] - y)
+            _observe_neighbor(
+                cos * dx + sin * dy,
+                cos * dy - sin * dx,
+                cos * direction[env, j, 0] + sin * direction[env, j, 1],
+                cos * direction[env, j, 1] - sin * direction[env, j, 0],
+                features,
+            )
+
+
 @inlined
 def _lidar_observe(env, params, state, scratch, outputs):
-    """What every robot sees: its lidar, its own speeds and its goal."""
+    """What every robot sees: its neighbours, its lidar, its own speeds and its goal."""
     position = state.position
     direction = state.direction
     obstacle = state.obstacle
     wheel = state.wheel
     observations = outputs.observations
+    neighbors = outputs.neighbors
     unseen = outputs.unseen
     disc = scratch.disc
     order = scratch.order
@@ -1495,8 +1591,10 @@ def _lidar_observe(env, params, state, scratch, outputs):
     seen = scratch.seen
     cells = params.lidar_cells
     side = params.side / LIDAR_RANGE
-    n_agents = position.shape[1]
+    n_agents, n_neighbors = neighbors.shape[1:]
     n_obstacles = obstacle.shape[1]
+    lidar = n_neighbors * NEIGHBOR_FEATURES  # where a robot's own features begin: the rays, and then
+    own = lidar + LIDAR_RAYS
 
     # Discs in the order of the grid, in lidar ranges
     for k in range(n_obstacles):
@@ -1533,20 +1631,22 @@ def _lidar_observe(env, params, state, scratch, outputs):
         # Rays
         _scan(
             np.float32(cos), np.float32(sin), np.float32(x), np.float32(params.width / LIDAR_RANGE - x),
-            np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, observations[env, i],
+            np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, observations[env, i, lidar:own],
         )  # fmt: skip
 
         # Forward speed and yaw rate, by their largest
-        observations[env, i, LIDAR_RAYS] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * LIDAR_WHEEL_SPEED)
-        observations[env, i, LIDAR_RAYS + 1] = (wheel[env, i, 1] - wheel[env, i, 0]) / (2.0 * LIDAR_WHEEL_SPEED)
+        observations[env, i, own] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * LIDAR_WHEEL_SPEED)
+        observations[env, i, own + 1] = (wheel[env, i, 1] - wheel[env, i, 0]) / (2.0 * LIDAR_WHEEL_SPEED)
 
         # Goal, while it is shown
         dx, dy = state.goal[env, i, 0] - position[env, i, 0], state.goal[env, i, 1] - position[env, i, 1]
         shown = (state.goal_age[env, i] < params.goal_visible_steps) / (1.0 + math.sqrt(dx * dx + dy * dy))
-        observations[env, i, LIDAR_RAYS + 2] = shown * (cos * dx + sin * dy)
-        observations[env, i, LIDAR_RAYS + 3] = shown * (cos * dy - sin * dx)
+        observations[env, i, own + 2] = shown * (cos * dx + sin * dy)
+        observations[env, i, own + 3] = shown * (cos * dy - sin * dx)
         unseen[env, i, 0] = (cos * dx + sin * dy) / LIDAR_RANGE
         unseen[env, i, 1] = (cos * dy - sin * dx) / LIDAR_RANGE
+    if n_neighbors > 0:
+        _lidar_hear(env, position, direction, params, scratch, neighbors, observations)
 
 
 @inlined
@@ -1621,6 +1721,7 @@ def _lidar_step(actions, params, state, scratch, outputs):
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
         if outputs.truncations[env]:
             outputs.final_observations[env] = outputs.observations[env]
+            outputs.final_neighbors[env] = outputs.neighbors[env]
             outputs.final_unseen[env] = outputs.unseen[env]
             _lidar_stats(actions.shape[1], state.totals[env], outputs.stats[env])
             _lidar_reset(env, True, True, True, True, params, state, scratch.disc)
@@ -1637,8 +1738,10 @@ class LidarNavigation(NativeVectorEnv):
     wall, an obstacle or another robot it is pushed clear, sliding along, and its forward speed becomes what it really
     got ahead.
 
-    Observation (num_envs, n_agents, 36), in the robot's own frame:
+    Observation (num_envs, n_agents, 8 * n_neighbors + 36), in the robot's own frame:
 
+        8 each    the `n_neighbors` (0 by default) nearest other robots within `radio_range` [m], also behind obstacles,
+                  nearest first: as of a neighbour in Swarm, with radio ranges for radii; all zeros for an absent one
         32    rays of the lidar, the first straight ahead and then counter-clockwise, from the robot's centre to the
               nearest wall, obstacle or robot; (6 d - 1) / (1 + 4 d) at a distance of d lidar ranges
         1     forward speed, by its largest
@@ -1695,6 +1798,8 @@ class LidarNavigation(NativeVectorEnv):
         height=6.0,
         max_steps=500,
         goal_visible_steps=None,
+        n_neighbors=0,
+        radio_range=LIDAR_RANGE,
         progress_weight=1.0,
         arrival_weight=2.0,
         collision_weight=1.0,
@@ -1715,6 +1820,8 @@ class LidarNavigation(NativeVectorEnv):
                 raise ValueError(f"{name} is {count}: at most {most} have room in an arena of {width:g} x {height:g} m")
         if goal_visible_steps is not None:
             goal_visible_steps = _integer("goal_visible_steps", goal_visible_steps, 1)
+        n_neighbors = _integer("n_neighbors", n_neighbors, 0, LARGEST_SIZE)
+        radio_range = _number("radio_range", radio_range, 1e-6)
         weights = dict(
             progress_weight=progress_weight,
             arrival_weight=arrival_weight,
@@ -1731,10 +1838,12 @@ class LidarNavigation(NativeVectorEnv):
             side=side,
             lidar_cells=_cells_along(side, LIDAR_RANGE + LIDAR_OBSTACLE_RADII[1], n_discs),
             contact_cells=_cells_along(side, LIDAR_ROBOT_RADIUS + LIDAR_OBSTACLE_RADII[1], n_discs / 2),
+            radio_cells=_cells_along(side, radio_range, n_agents),
+            radio_range=radio_range,
             weights=np.array([_number(name, weight) for name, weight in weights.items()]),
         )
         self.max_steps = self.params.max_steps
-        low = np.full(LIDAR_RAYS + LIDAR_OWN_FEATURES, -1.0, np.float32)
+        low = np.float32([*NEIGHBOR_LOW * n_neighbors, *[-1.0] * (LIDAR_RAYS + LIDAR_OWN_FEATURES)])
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), 1.0, dtype=np.float32),
@@ -1754,8 +1863,12 @@ class LidarNavigation(NativeVectorEnv):
             "goal": (0.0, corner),
             "obstacle": (0.0, np.append(corner, LIDAR_OBSTACLE_RADII[1])),
         }
+        self.buffers["neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
+        self.buffers["final_neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
         self.buffers["unseen"] = np.zeros((num_envs, n_agents, self.unseen_dim), np.float32)
         self.buffers["final_unseen"] = np.zeros((num_envs, n_agents, self.unseen_dim), np.float32)
+        if n_neighbors > 0:
+            self.info_names = ("neighbors", "unseen")
         self.state = LidarState(
             position=np.zeros((num_envs, n_agents, 2)),
             direction=np.zeros((num_envs, n_agents, 2)),
@@ -1783,6 +1896,9 @@ class LidarNavigation(NativeVectorEnv):
             contact_start=np.zeros(self.params.contact_cells**2 + 1, np.int64),
             sorted=np.zeros((n_discs, 3)),
             seen=np.zeros((n_discs, 3), np.float32),
+            radio_order=np.zeros(n_agents, np.int64),
+            radio_start=np.zeros(self.params.radio_cells**2 + 1, np.int64),
+            nearest=np.zeros(n_neighbors),
         )
 
     def restart(self, start):
@@ -1802,7 +1918,10 @@ class LidarNavigation(NativeVectorEnv):
         _lidar_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def draw(self, env, size=512):
-        """Robots with a mark ahead, rings in their colour for goals, the first one's lidar; the longer side `size`."""
+        """Robots with a mark ahead, rings in their colour for goals, the first one's lidar; the longer side `size`.
+
+        Radio links, if there are any, are thin lines.
+        """
         import pygame
 
         scale = 2 * size / self.params.side  # drawn at twice the size, then smoothed
@@ -1813,8 +1932,10 @@ class LidarNavigation(NativeVectorEnv):
             pygame.draw.circle(surface, "gray70", (x, y), radius)
         position = scale * self.state.position[env]
         direction = self.state.direction[env]
+        _draw_links(surface, position, self.buffers["neighbors"][env])
         cos, sin = direction[0]
-        rays = scale * lidar_distance(self.buffers["observations"][env, 0, :LIDAR_RAYS])
+        own = self.buffers["observations"][env, 0, -LIDAR_RAYS - LIDAR_OWN_FEATURES :]
+        rays = scale * lidar_distance(own[:LIDAR_RAYS])
         for reach, ahead, left in zip(rays, LIDAR_COS, LIDAR_SIN, strict=True):
             end = position[0] + reach * np.array([cos * ahead - sin * left, sin * ahead + cos * left])
             pygame.draw.line(surface, (255, 205, 205), position[0], end, 2)
@@ -1838,6 +1959,7 @@ def steering_policy(envs, reach=0.45, push=1.4, gain=0.4):
     bearing = np.arange(LIDAR_RAYS) * (2.0 * math.pi / LIDAR_RAYS)
 
     def act(observations, infos):
+        observations = observations[..., -LIDAR_RAYS - LIDAR_OWN_FEATURES :]  # without those of neighbours
         reading = observations[..., :LIDAR_RAYS].astype(float)  # (num_envs, n_agents, rays)
         gaps = lidar_distance(reading) - LIDAR_ROBOT_RADIUS
         weight = push * np.maximum(1.0 - gaps.min(-1) / reach, 0.0)
@@ -1869,6 +1991,8 @@ def planning_policy(envs, width=0.14, ahead=1.6, patience=1.0, gain=0.7, brake=0
     fastest = [LIDAR_WHEEL_SPEED, 2.0 * LIDAR_WHEEL_SPEED / LIDAR_AXLE]  # and the largest of these
 
     def act(observations, infos):
+        observations = observations[..., -LIDAR_RAYS - LIDAR_OWN_FEATURES :]  # without those of neighbours
+
         # The goal: where it is seen, or where it must be by now
         speed = observations[..., LIDAR_RAYS : LIDAR_RAYS + 2] * fastest
         moved, turned = np.moveaxis(0.5 * LIDAR_DT * (speed + last), -1, 0)
@@ -1936,6 +2060,7 @@ VMAS_SIN = np.sin(2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS // 2))
 
 class VmasParams(NamedTuple):
     max_steps: int
+    radio_range: float  # [length]
     pos_shaping_factor: float
     final_reward: float
     agent_collision_penalty: float
@@ -1954,6 +2079,9 @@ class VmasScratch(NamedTuple):
     force: np.ndarray  # (n_agents, 2)
     touching: np.ndarray  # (n_agents,), how many others an agent touches
     distance: np.ndarray  # (num_envs,), of all agents to their goals, summed, before the step
+    order: np.ndarray  # (n_agents,), agents in the one cell of a grid
+    start: np.ndarray  # (2,)
+    nearest: np.ndarray  # (n_neighbors,), squared distances of an agent's nearest so far
 
 
 @kernel
@@ -2039,8 +2167,8 @@ def _vmas_move(env, actions, position, velocity, force):
 
 
 @kernel
-def _vmas_see(env, i, j, dx, dy, observations):
-    """Enter two agents, j (dx, dy) away from i, in each other's lidar readings.
+def _vmas_see(dx, dy, lidar, other_lidar):
+    """Enter two agents in each other's lidar readings (12,); the other one is (dx, dy) away.
 
     A ray of one and the opposite ray of the other lie along parallel lines and read the same.
     """
@@ -2051,26 +2179,27 @@ def _vmas_see(env, i, j, dx, dy, observations):
         chord = VMAS_RADIUS**2 - across * across
         if chord > 0.0 and along != 0.0:
             reading = np.float32(VMAS_RANGE - abs(along) + math.sqrt(chord))
-            ray = VMAS_OWN_FEATURES + k
-            opposite = VMAS_OWN_FEATURES + half + k
-            ahead = ray if along > 0.0 else opposite
-            behind = opposite if along > 0.0 else ray
-            observations[env, i, ahead] = max(observations[env, i, ahead], reading)
-            observations[env, j, behind] = max(observations[env, j, behind], reading)
+            ahead = k if along > 0.0 else half + k
+            behind = half + k if along > 0.0 else k
+            lidar[ahead] = max(lidar[ahead], reading)
+            other_lidar[behind] = max(other_lidar[behind], reading)
 
 
 @kernel
-def _vmas_observe(env, position, velocity, goal, touching, observations):
-    """What the agents of one environment see, and how many others each touches."""
+def _vmas_look(env, position, velocity, goal, touching, observations):
+    """What the agents of one environment see by themselves, and how many others each touches."""
     n_agents = position.shape[1]
+    first = observations.shape[2] - VMAS_OWN_FEATURES - VMAS_RAYS  # after the neighbours
+    lidar = first + VMAS_OWN_FEATURES
     for i in range(n_agents):
         touching[i] = 0.0
+        own = observations[env, i, first:]
         for axis in range(2):
-            observations[env, i, axis] = position[env, i, axis]
-            observations[env, i, 2 + axis] = velocity[env, i, axis]
-            observations[env, i, 4 + axis] = position[env, i, axis] - goal[env, i, axis]
+            own[axis] = position[env, i, axis]
+            own[2 + axis] = velocity[env, i, axis]
+            own[4 + axis] = position[env, i, axis] - goal[env, i, axis]
         for k in range(VMAS_RAYS):
-            observations[env, i, VMAS_OWN_FEATURES + k] = 0.0
+            own[VMAS_OWN_FEATURES + k] = 0.0
     for i in range(n_agents):
         for j in range(i):
             dx, dy = position[env, j, 0] - position[env, i, 0], position[env, j, 1] - position[env, i, 1]
@@ -2079,7 +2208,39 @@ def _vmas_observe(env, position, velocity, goal, touching, observations):
                 touch = 1.0 if squared <= (2.0 * VMAS_RADIUS) ** 2 else 0.0
                 touching[i] += touch
                 touching[j] += touch
-                _vmas_see(env, i, j, dx, dy, observations)
+                _vmas_see(dx, dy, observations[env, i, lidar:], observations[env, j, lidar:])
+
+
+@kernel
+def _vmas_hear(env, position, velocity, reach, scratch, neighbors, observations):
+    """What the agents of one environment know of their neighbours by radio: where they are, and how they move."""
+    _find_neighbors(env, position, reach, 1, 1.0, scratch.order, scratch.start, scratch.nearest, neighbors)
+    scale = 1.0 / reach
+    for i in range(neighbors.shape[1]):
+        for k in range(neighbors.shape[2]):
+            j = neighbors[env, i, k]
+            features = observations[env, i, k * NEIGHBOR_FEATURES : (k + 1) * NEIGHBOR_FEATURES]
+            if j == i:
+                features[:] = 0.0
+                continue
+            _observe_neighbor(
+                scale * (position[env, j, 0] - position[env, i, 0]),
+                scale * (position[env, j, 1] - position[env, i, 1]),
+                velocity[env, j, 0] - velocity[env, i, 0],
+                velocity[env, j, 1] - velocity[env, i, 1],
+                features,
+            )
+
+
+@inlined
+def _vmas_observe(env, params, state, scratch, outputs):
+    """What every agent observes, and how many others it touches."""
+    position = state.agent_pos
+    velocity = state.agent_vel
+    neighbors = outputs.neighbors
+    _vmas_look(env, position, velocity, state.goal_pos, scratch.touching, outputs.observations)
+    if neighbors.shape[2] > 0:
+        _vmas_hear(env, position, velocity, params.radio_range, scratch, neighbors, outputs.observations)
 
 
 @kernel
@@ -2125,12 +2286,10 @@ def _vmas_reward(env, total, farthest, arrived, params, state, scratch, outputs)
 @kernel
 def _vmas_step(actions, params, state, scratch, outputs):
     position = state.agent_pos
-    velocity = state.agent_vel
     goal = state.goal_pos
-    observations = outputs.observations
     for env in range(actions.shape[0]):
-        _vmas_move(env, actions, position, velocity, scratch.force)
-        _vmas_observe(env, position, velocity, goal, scratch.touching, observations)
+        _vmas_move(env, actions, position, state.agent_vel, scratch.force)
+        _vmas_observe(env, params, state, scratch, outputs)
         total, farthest, arrived = _to_goals(env, position, goal)
         _vmas_reward(env, total, farthest, arrived, params, state, scratch, outputs)
         scratch.distance[env] = total
@@ -2138,11 +2297,12 @@ def _vmas_step(actions, params, state, scratch, outputs):
         outputs.terminations[env] = arrived == actions.shape[1]
         outputs.truncations[env] = state.elapsed[env] >= params.max_steps
         if outputs.terminations[env] or outputs.truncations[env]:
-            outputs.final_observations[env] = observations[env]
+            outputs.final_observations[env] = outputs.observations[env]
+            outputs.final_neighbors[env] = outputs.neighbors[env]
             outputs.stats[env] = state.totals[env]
             outputs.stats[env, VMAS_STAT_COLLISIONS] /= state.totals[env, VMAS_STAT_LENGTH]
             _vmas_reset(env, state)
-            _vmas_observe(env, position, velocity, goal, scratch.touching, observations)
+            _vmas_observe(env, params, state, scratch, outputs)
             scratch.distance[env], _, _ = _to_goals(env, position, goal)
 
 
@@ -2157,8 +2317,11 @@ class VmasNavigation(NativeVectorEnv):
 
     Action (num_envs, n_agents, 2): the force on the agent along x and y, in [-1, 1]; more counts as the bound.
 
-    Observation (num_envs, n_agents, 18), in the frame of the environment:
+    Observation (num_envs, n_agents, 8 * n_neighbors + 18), in the frame of the environment:
 
+        8 each    the `n_neighbors` (0 by default) nearest others within `radio_range`, nearest first: offset o along x
+                  and y (in radio ranges), their velocity less the agent's own, the offset once more as its direction
+                  o / (|o| + 0.05) and spacing (|o| - 0.1) / (|o| + 0.1), 1 for presence; all zeros for an absent one
         2     position
         2     velocity
         2     position minus goal
@@ -2196,6 +2359,8 @@ class VmasNavigation(NativeVectorEnv):
         num_envs=1,
         n_agents=3,
         max_steps=100,
+        n_neighbors=0,
+        radio_range=VMAS_RANGE,
         pos_shaping_factor=1.0,
         final_reward=0.01,
         agent_collision_penalty=-1.0,
@@ -2203,15 +2368,19 @@ class VmasNavigation(NativeVectorEnv):
         first_env=0,
     ):
         n_agents = _integer("n_agents", n_agents, 1, 50)  # every pair is looked at, and more would not fit the square
+        n_neighbors = _integer("n_neighbors", n_neighbors, 0, LARGEST_SIZE)
         self.params = VmasParams(
             max_steps=_integer("max_steps", max_steps, 1),
+            radio_range=_number("radio_range", radio_range, 1e-6),
             pos_shaping_factor=_number("pos_shaping_factor", pos_shaping_factor),
             final_reward=_number("final_reward", final_reward),
             agent_collision_penalty=_number("agent_collision_penalty", agent_collision_penalty),
         )
         self.max_steps = self.params.max_steps
-        low = np.float32([-np.inf] * VMAS_OWN_FEATURES + [0.0] * VMAS_RAYS)
-        high = np.float32([np.inf] * VMAS_OWN_FEATURES + [VMAS_RANGE + VMAS_RADIUS] * VMAS_RAYS)
+        neighbor_low = [*NEIGHBOR_LOW[:2], -np.inf, -np.inf, *NEIGHBOR_LOW[4:]] * n_neighbors
+        neighbor_high = [1.0, 1.0, np.inf, np.inf, 1.0, 1.0, 1.0, 1.0] * n_neighbors
+        low = np.float32(neighbor_low + [-np.inf] * VMAS_OWN_FEATURES + [0.0] * VMAS_RAYS)
+        high = np.float32(neighbor_high + [np.inf] * VMAS_OWN_FEATURES + [VMAS_RANGE + VMAS_RADIUS] * VMAS_RAYS)
         super().__init__(
             num_envs,
             gym.spaces.Box(np.tile(low, (n_agents, 1)), np.tile(high, (n_agents, 1)), dtype=np.float32),
@@ -2221,6 +2390,10 @@ class VmasNavigation(NativeVectorEnv):
         )
         shape = (num_envs, n_agents, 2)
         self.start_shapes = {"agent_pos": shape, "agent_vel": shape, "goal_pos": shape}
+        self.buffers["neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
+        self.buffers["final_neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
+        if n_neighbors > 0:
+            self.info_names = ("neighbors",)
         self.state = VmasState(
             agent_pos=np.zeros(shape),
             agent_vel=np.zeros(shape),
@@ -2230,7 +2403,12 @@ class VmasNavigation(NativeVectorEnv):
             rng=np.zeros((num_envs, 2), np.int64),
         )
         self.scratch = VmasScratch(
-            force=np.zeros((n_agents, 2)), touching=np.zeros(n_agents), distance=np.zeros(num_envs)
+            force=np.zeros((n_agents, 2)),
+            touching=np.zeros(n_agents),
+            distance=np.zeros(num_envs),
+            order=np.zeros(n_agents, np.int64),
+            start=np.zeros(2, np.int64),
+            nearest=np.zeros(n_neighbors),
         )
 
     def restart(self, start):
@@ -2240,18 +2418,18 @@ class VmasNavigation(NativeVectorEnv):
             getattr(self.state, name)[...] = array
 
     def observe(self):
-        position = self.state.agent_pos
-        velocity = self.state.agent_vel
-        goal = self.state.goal_pos
         for env in range(self.num_envs):
-            _vmas_observe(env, position, velocity, goal, self.scratch.touching, self.buffers["observations"])
-            self.scratch.distance[env], _, _ = _to_goals(env, position, goal)
+            _vmas_observe(env, self.params, self.state, self.scratch, Outputs(**self.buffers))
+            self.scratch.distance[env], _, _ = _to_goals(env, self.state.agent_pos, self.state.goal_pos)
 
     def advance(self, actions):
         _vmas_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
 
     def draw(self, env, size=384):
-        """Agents as discs, their goals as rings of the same colour, lidar ranges faint; size x size pixels."""
+        """Agents as discs, their goals as rings of the same colour, lidar ranges faint; size x size pixels.
+
+        Radio links, if there are any, are thin lines.
+        """
         import pygame
 
         position = self.state.agent_pos[env]
@@ -2262,6 +2440,7 @@ class VmasNavigation(NativeVectorEnv):
         surface.fill("white")
         for x, y in scale * (position + half):
             pygame.draw.circle(surface, "gray88", (x, y), scale * VMAS_RANGE, 2)
+        _draw_links(surface, scale * (position + half), self.buffers["neighbors"][env])
         for i, (spot, ring) in enumerate(zip(scale * (position + half), scale * (goal + half), strict=True)):
             color = pygame.Color(0)
             color.hsva = (360.0 * i / len(position), 85, 80, 100)

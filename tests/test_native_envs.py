@@ -125,13 +125,14 @@ SWARM = Case(
     starts={"position": (4, 3, 2), "heading": (4, 3), "obstacle": (4, 1, 2)},
 )
 LIDAR = Case(
-    kwargs=dict(goal_visible_steps=2, max_steps=30),
+    kwargs=dict(goal_visible_steps=2, n_neighbors=3, max_steps=30),
     drive=functools.partial(anything, low=-0.2),
     steps=80,
     resume_at=20,
     endings={TRUNCATED},
-    observation=(10, 36),
-    at_rest=slice(32, 34),
+    observation=(10, 60),
+    at_rest=slice(-4, -2),
+    infos={"neighbors": (10, 3)},
     stats=(
         "r",
         "l",
@@ -152,6 +153,8 @@ LIDAR = Case(
         n_obstacles=(-1, 1.5, None, 16),
         **dict.fromkeys(("width", "height"), (2.9, -1, math.nan, math.inf, "8", None)),
         goal_visible_steps=(0, -1, 1.5, True),
+        n_neighbors=(-1, 2.5, None, True),
+        radio_range=(0, -1.0, math.nan, math.inf, "3", None),
         **dict.fromkeys((f"{term}_weight" for term in LIDAR_TERMS), NOT_NUMBERS),
     ),
     unknown_argument="box_size",
@@ -168,13 +171,14 @@ LIDAR = Case(
     ),
 )
 VMAS = Case(
-    kwargs=dict(max_steps=25),
+    kwargs=dict(n_neighbors=2, max_steps=25),
     drive=to_goals,
     steps=60,
     resume_at=12,
     endings={TRUNCATED, TERMINATED},
-    observation=(3, 18),
-    at_rest=slice(2, 4),
+    observation=(3, 34),
+    at_rest=slice(-16, -14),
+    infos={"neighbors": (3, 2)},
     stats=("r", "l", "collisions", "arrived", "reward_progress", "reward_final", "reward_collision"),
     state=("agent_pos", "agent_vel", "goal_pos", "elapsed", "totals", "rng"),
     exact_starts=("agent_pos", "agent_vel", "goal_pos"),
@@ -182,6 +186,8 @@ VMAS = Case(
     actions=((4, 3, 2),),
     bad_arguments=dict(
         n_agents=(0, -1, 51, 2.5, True, "3", None),
+        n_neighbors=(-1, 2.5, None, True),
+        radio_range=(0, -1.0, math.nan, math.inf, "3", None),
         **dict.fromkeys(("pos_shaping_factor", "final_reward", "agent_collision_penalty"), NOT_NUMBERS),
     ),
     unknown_argument="lidar_range",
