@@ -586,7 +586,14 @@ SWARM_SPAWN_TRIES = 100  # places tried for each agent
 SWARM_PUSH = 2.0  # largest push forward and left, on a heading of length 1: enough to turn back
 SWARM_SPACING = NEIGHBOR_SPACING  # distance at which cohesion is greatest [radius]
 SWARM_OWN_FEATURES = 12  # turn, crowding, mean of all seen (7, as of a neighbour), obstacle (forward, left, presence)
-SWARM_REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
+SWARM_REWARD_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle", "energy")
+
+# The Morse potential of two agents, lowest 0.4 radii apart. 8 times the square of 0.08 / 0.2 is more than 1, so that
+# large swarms take more room instead of collapsing (D'Orsogna et al., PRL 96, 104302 (2006)).
+SWARM_REPULSION = 8.0  # [attraction], whose strength is the unit of energy
+SWARM_REPULSION_LENGTH = 0.08  # [radius]
+SWARM_ATTRACTION_LENGTH = 0.2  # [radius]
+SWARM_MORSE_AT_RADIUS = SWARM_REPULSION * math.exp(-1 / SWARM_REPULSION_LENGTH) - math.exp(-1 / SWARM_ATTRACTION_LENGTH)
 
 # Columns of `terms`.
 SWARM_ALIGNMENT = 0
@@ -595,6 +602,7 @@ SWARM_SEPARATION = 2
 SWARM_TURNING = 3
 SWARM_ORDER = 4
 SWARM_OBSTACLE = 5
+SWARM_ENERGY = 6
 
 # Columns of `totals` and `stats`, in the order of Swarm.stat_names.
 SWARM_STAT_RETURN = 0
@@ -617,7 +625,7 @@ class SwarmParams(NamedTuple):
     count_self: bool
     cells: int  # grid cells along a side, each at least `radius` wide
     obstacle_cells: int  # the same for obstacles, each at least `radius + SWARM_OBSTACLE_RADIUS` wide
-    weights: np.ndarray  # (6,), one per reward term
+    weights: np.ndarray  # (7,), one per reward term
 
 
 class SwarmState(NamedTuple):
@@ -633,7 +641,8 @@ class SwarmState(NamedTuple):
 class SwarmScratch(NamedTuple):
     """Room for one environment's step, used again for the next, so that stepping allocates nothing."""
 
-    terms: np.ndarray  # (n_agents, 6), the reward terms before weighting
+    terms: np.ndarray  # (n_agents, 7), the reward terms before weighting
+    energy: np.ndarray  # (num_envs, n_agents), of every agent before the step, where it has a weight
     pose: np.ndarray  # (n_agents, 4), x, y [box sides], cos and sin of the heading, sorted by grid cell
     seen: np.ndarray  # (n_agents,), rows of `pose` that an agent sees
     offset: np.ndarray  # (n_agents, 2), and where they are from it [box sides]
@@ -760,6 +769,13 @@ def _closeness(distance, radius):
     return math.exp(-((distance - SWARM_SPACING * radius) ** 2) / (2.0 * (0.2 * radius) ** 2))
 
 
+@kernel
+def _morse(distance):
+    """The potential of two agents at a distance [radii], shifted to be 0 at the radius, where they lose sight."""
+    repulsion = SWARM_REPULSION * math.exp(-distance / SWARM_REPULSION_LENGTH)
+    return repulsion - math.exp(-distance / SWARM_ATTRACTION_LENGTH) - SWARM_MORSE_AT_RADIUS
+
+
 @inlined
 def _swarm_observe(env, params, state, scratch, outputs):
     """What every agent sees, its neighbours' indices, and the reward terms that depend on neighbours."""
@@ -859,6 +875,12 @@ def _swarm_observe(env, params, state, scratch, outputs):
         # Reward terms
         terms[i, SWARM_ALIGNMENT] = share * (cos * sum_cos + sin * sum_sin)
         terms[i, SWARM_SEPARATION] = -collisions
+        if params.weights[SWARM_ENERGY] != 0.0:
+            energy = 0.0
+            for s in range(n_seen):
+                energy += _morse(box_size / radius * math.sqrt(offset[s, 0] ** 2 + offset[s, 1] ** 2))
+            terms[i, SWARM_ENERGY] = scratch.energy[env, i] - energy
+            scratch.energy[env, i] = energy
         if params.count_self:
             cohesion += _closeness(0.0, radius)
             n_seen += 1
@@ -984,6 +1006,12 @@ class Swarm(NativeVectorEnv):
         turning       -|turn|, before noise [rad]
         order         cos of the angle between the agent's heading and the mean heading of the swarm
         obstacle      -1 on a step that ended inside an obstacle (the agent is put back on its edge)
+        energy        minus the change over the step of the agent's energy: the sum over the others within `radius` of
+                      V(d) - V(radius) with the Morse potential V(d) = 8 exp(-d / (0.08 radius)) - exp(-d / (0.2
+                      radius)), which is lowest at 0.4 radius
+
+    An agent's energy is 0 without any within `radius`, and does not jump when one comes or goes. Over an episode the
+    energy terms add up to the energy at the start less that at the end. A pair counts in the energies of both.
 
     With `count_self` the agent counts in its own cohesion, at distance 0, as it does in the published reward.
 
@@ -1023,6 +1051,7 @@ class Swarm(NativeVectorEnv):
         turning_weight=0.01,
         order_weight=0.6,
         obstacle_weight=1.0,
+        energy_weight=0.0,
         count_self=False,
         render_mode=None,
         first_env=0,
@@ -1047,6 +1076,7 @@ class Swarm(NativeVectorEnv):
             turning_weight=turning_weight,
             order_weight=order_weight,
             obstacle_weight=obstacle_weight,
+            energy_weight=energy_weight,
         )
         self.params = SwarmParams(
             box_size=box_size,
@@ -1092,6 +1122,7 @@ class Swarm(NativeVectorEnv):
         )
         self.scratch = SwarmScratch(
             terms=np.zeros((n_agents, len(SWARM_REWARD_TERMS))),
+            energy=np.zeros((num_envs, n_agents)),
             pose=np.zeros((n_agents, 4)),
             seen=np.zeros(n_agents, np.int64),
             offset=np.zeros((n_agents, 2)),
@@ -1175,6 +1206,29 @@ def boids_policy(envs, own=0.1, align=0.25, cohesion=12.0, keep=0.1):
         distance = np.linalg.norm(offset, axis=-1, keepdims=True)
         pull = np.maximum(distance - keep, 0.0) * offset / np.maximum(distance, 1e-9)
         forward, left = np.moveaxis(own * np.array([1.0, 0.0]) + align * mean[..., 2:4] + cohesion * pull, -1, 0)
+        return _swarm_actions(np.arctan2(left, forward), params)
+
+    return act
+
+
+def morse_policy(envs, align=1.0, gain=1.0):
+    """Down the gradient of the energy: turn to own heading + align * mean heading + gain * force.
+
+    The force is minus the gradient of the Morse potential, summed over the neighbours that are observed one by one
+    [attraction / radius]; the mean heading is that of all within the radius. Without `align`, agents of constant speed
+    would only circle each other.
+    """
+    params = envs.params
+
+    def act(observations, infos):
+        mean_heading = observations[..., 4 - SWARM_OWN_FEATURES : 6 - SWARM_OWN_FEATURES]  # (num_envs, n_agents, 2)
+        features = observations[..., :-SWARM_OWN_FEATURES].astype(float)
+        seen = features.reshape(*features.shape[:2], -1, NEIGHBOR_FEATURES)  # (num_envs, n_agents, n_neighbors, ...)
+        distance = np.linalg.norm(seen[..., :2], axis=-1, keepdims=True)
+        slope = np.exp(-distance / SWARM_ATTRACTION_LENGTH) / SWARM_ATTRACTION_LENGTH
+        slope -= SWARM_REPULSION * np.exp(-distance / SWARM_REPULSION_LENGTH) / SWARM_REPULSION_LENGTH
+        force = (seen[..., 7:] * slope * seen[..., :2] / np.maximum(distance, 1e-9)).sum(-2)
+        forward, left = np.moveaxis(np.array([1.0, 0.0]) + align * mean_heading + gain * force, -1, 0)
         return _swarm_actions(np.arctan2(left, forward), params)
 
     return act
@@ -2474,6 +2528,8 @@ def baselines(env_id, **env_kwargs):
     # Vicsek averages over all within the radius, here its 40 nearest; what is seen changes nothing in the physics.
     see_all = env_kwargs | {"n_neighbors": max(1, min(env_kwargs.get("n_agents", 10) - 1, 40))}
     rules = {"boids": (boids_policy, env_kwargs), "vicsek": (vicsek_policy, see_all)}
+    if env_kwargs.get("energy_weight"):
+        rules["morse"] = (morse_policy, env_kwargs)
     return rules | {"random": (random_policy, env_kwargs)}
 
 

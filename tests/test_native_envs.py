@@ -88,7 +88,7 @@ NOT_NUMBERS = (math.nan, math.inf, "1", None)
 ALL_REFUSE = dict(
     num_envs=(0, -1, 1.5, True), max_steps=(0, -5, 10.0, 1.5, None), render_mode=("x", "ansi", "ascii", 1)
 )
-SWARM_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
+SWARM_TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle", "energy")
 LIDAR_TERMS = ("progress", "arrival", "collision", "time")
 
 SWARM = Case(

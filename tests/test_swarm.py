@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import envs
 
 AGENT_DIAMETER, OBSTACLE_RADIUS = 0.1, 0.5
-TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle")
-DEFAULT_WEIGHTS = (0.0, 0.4, 0.0, 0.01, 0.6, 1.0)
+TERMS = ("alignment", "cohesion", "separation", "turning", "order", "obstacle", "energy")
+DEFAULT_WEIGHTS = (0.0, 0.4, 0.0, 0.01, 0.6, 1.0, 0.0)
 SHIFTS = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)])
 
 settings.register_profile("swarm", deadline=None, derandomize=True, max_examples=100, print_blob=True)
@@ -27,6 +27,11 @@ settings.load_profile("swarm")
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def morse(distance):
+    """The potential of two agents at a distance in radii."""
+    return 8 * np.exp(-distance / 0.08) - np.exp(-distance / 0.2)
 
 
 class Reference:
@@ -58,8 +63,13 @@ class Reference:
     def closeness(self, distance):
         return np.exp(-((distance - 0.1 * self.radius) ** 2) / (2 * (0.2 * self.radius) ** 2))
 
+    def energies(self):
+        """(n_agents,), of the Morse potential, which is 0 at the radius."""
+        return np.array([(morse(distances / self.radius) - morse(1.0)).sum() for _, _, distances in self.others_seen()])
+
     def step(self, actions):
         """Rewards (n_agents,); the terms, mean over agents, and the metrics are left in `terms` and `metrics`."""
+        energies = self.energies()
         self.turn = np.clip(actions, -self.max_turn, self.max_turn)
         self.heading = self.heading + self.turn
         ahead = np.stack([np.cos(self.heading), np.sin(self.heading)], axis=-1)
@@ -90,6 +100,7 @@ class Reference:
         terms["turning"] = -np.abs(self.turn)
         terms["order"] = np.cos(self.heading - math.atan2(mean[1], mean[0]))
         terms["obstacle"] = -inside
+        terms["energy"] = energies - self.energies()
         self.terms = {name: weight * terms[name].mean() for name, weight in zip(TERMS, self.weights, strict=True)}
         self.metrics = {
             "polar_order": np.hypot(*mean),
@@ -185,12 +196,12 @@ def headings(vector):
 def swarms(draw, agent_grid, obstacle_grid):
     """Arguments of an env, starts for two of them, and actions (steps, 2, n_agents, 1), some beyond the bounds."""
     box_size = draw(st.floats(10.0, 20.0) if obstacle_grid else st.floats(2.0, 20.0))
-    widest = 0.19 if obstacle_grid else 0.25 if agent_grid else 0.5
+    widest = 0.19 if obstacle_grid else 0.24 if agent_grid else 0.5
     radius = max(0.12, box_size * draw(st.floats(0.05, widest)))
     fits = int(0.5 * box_size**2 / (math.pi * OBSTACLE_RADIUS**2))
     n_agents = draw(st.integers(10 if agent_grid else 1, 60))
     n_obstacles = draw(st.integers(10, 20) if obstacle_grid else st.integers(0, min(fits, 9)))
-    weights = draw(st.lists(st.floats(-2, 2), min_size=6, max_size=6))
+    weights = draw(st.lists(st.floats(-2, 2), min_size=7, max_size=7))
     arguments = dict(
         box_size=box_size,
         radius=radius,
@@ -428,6 +439,103 @@ def test_headings_stay_unit_vectors_and_positions_in_the_box_over_10000_steps():
     np.testing.assert_allclose(np.linalg.norm(state["direction"], axis=-1), 1, rtol=0, atol=1e-15)
     assert (state["position"] >= 0).all() and (state["position"] < vector.params.box_size).all()
     assert state["elapsed"][0] == 10_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Energy
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def energies(position, radius, box_size):
+    """(n_agents,), by all pairs."""
+    ways = position[:, None] - position
+    distance = np.linalg.norm(ways - box_size * np.rint(ways / box_size), axis=-1) / radius
+    np.fill_diagonal(distance, math.inf)
+    return np.where(distance <= 1, morse(distance) - morse(1.0), 0.0).sum(axis=1)
+
+
+def test_energy_rewards_add_up_to_the_potential_difference_of_the_way():
+    only_energy = dict(cohesion_weight=0, order_weight=0, turning_weight=0, obstacle_weight=0, energy_weight=0.5)
+    vector = make(n_agents=30, n_obstacles=3, noise=0.5, max_steps=40, **only_energy)
+    vector.reset(seed=2)
+    for length in (40, 40):  # the second episode starts in the step that ends the first
+        before = vector.get_state()["position"][0]
+        total = np.zeros(30)
+        for action in random_actions(vector, length - 1):
+            total += vector.step(action)[1][0]
+        middle = vector.get_state()["position"][0]
+        box_size = vector.params.box_size
+        expected = 0.5 * (energies(before, 1.5, box_size) - energies(middle, 1.5, box_size))
+        np.testing.assert_allclose(total, expected, atol=1e-4)
+        assert np.abs(total).max() > 0.1
+        *_, infos = vector.step(random_actions(vector, 1)[0])
+    assert infos["episode"]["reward_energy"][0] == pytest.approx(infos["episode"]["r"][0], abs=1e-12)
+
+
+def test_energy_comes_and_goes_without_a_jump():
+    vector = make(
+        n_agents=2, box_size=10, energy_weight=1, cohesion_weight=0, order_weight=0, turning_weight=0, dt=1e-3
+    )
+    for heading in (0.0, math.pi):  # the second agent crosses the radius of the first, outward and inward
+        start = {"position": [[[5, 5], [6.5 - 5e-4 * math.cos(heading), 5]]], "heading": [[math.pi / 2, heading]]}
+        vector.reset(seed=0, options=start)
+        for _ in range(3):
+            assert np.abs(vector.step(np.zeros((1, 2, 1)))[1]).max() < 1e-4
+
+
+def test_a_state_goes_on_with_its_energy():
+    vector, other = (make(2, n_agents=12, energy_weight=1, noise=0.3) for _ in range(2))
+    vector.reset(seed=0), other.reset(seed=1)
+    play(vector, random_actions(vector, 5))
+    other.set_state(vector.get_state())
+    for action in random_actions(vector, 5, seed=1):
+        assert np.array_equal(vector.step(action)[1], other.step(action)[1])
+
+
+def test_a_weight_of_the_energy_changes_nothing_but_the_reward():
+    vector, other = make(2, n_agents=12, energy_weight=0.3), make(2, n_agents=12)
+    assert np.array_equal(vector.reset(seed=0)[0], other.reset(seed=0)[0])
+    total = np.zeros((2, 12))
+    for action in random_actions(vector, 250):
+        (observations, rewards, *_, infos), (expected, others, *_, plain) = vector.step(action), other.step(action)
+        assert np.array_equal(observations, expected)
+        total += rewards.astype(float) - others
+    assert (plain["episode"]["reward_energy"] == 0).all()
+    np.testing.assert_allclose(infos["episode"]["reward_energy"], total.mean(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("n_agents", [2, 5])
+def test_morse_turns_down_the_gradient_of_its_energy(n_agents):
+    rng = np.random.default_rng(n_agents)
+    vector = make(n_agents=n_agents, box_size=10, n_neighbors=4)
+    position = 5 + rng.uniform(-0.6, 0.6, (1, n_agents, 2))
+    heading = rng.uniform(-math.pi, math.pi, (1, n_agents))
+    start = vector.reset(seed=0, options={"position": position, "heading": heading})
+    turn = envs.morse_policy(vector, align=0.0, gain=0.7)(*start)[0, :, 0]
+    for i in range(n_agents):
+        force = np.zeros(2)
+        for axis in range(2):
+            ends = []
+            for step in (-1e-5, 1e-5):
+                moved = position[0].copy()
+                moved[i, axis] += step
+                ends.append(energies(moved, 1.5, 10.0)[i])
+            force[axis] = (ends[0] - ends[1]) / 2e-5 * 1.5  # per radius
+        way = np.array([math.cos(heading[0, i]), math.sin(heading[0, i])]) + 0.7 * force
+        expected = math.atan2(way[1], way[0]) - heading[0, i]
+        assert math.remainder(turn[i] - expected, 2 * math.pi) == pytest.approx(0, abs=1e-4)
+
+
+def test_morse_keeps_its_distance_and_saves_more_energy_than_other_rules():
+    weights = dict(cohesion_weight=0, order_weight=0, turning_weight=0, energy_weight=1)
+    rules = envs.baselines("Swarm", **weights)
+    assert list(rules) == ["boids", "vicsek", "morse", "random"]
+    scores = {
+        name: envs.evaluate(rules[name][0], "Swarm", 16, 1, **rules[name][1])[0]
+        for name in ("boids", "morse", "random")
+    }
+    assert scores["morse"]["r"].mean() > 0.3 > scores["random"]["r"].mean() > scores["boids"]["r"].mean()
+    assert scores["morse"]["collisions"].mean() < 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
