@@ -132,7 +132,7 @@ LIDAR = Case(
     endings={TRUNCATED},
     observation=(10, 60),
     at_rest=slice(-4, -2),
-    infos={"neighbors": (10, 3)},
+    infos={"neighbors": (10, 3), "unseen": (10, 2)},
     stats=(
         "r",
         "l",
