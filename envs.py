@@ -9,7 +9,7 @@ In order:
     Neighbors        the nearest others of an agent, and how it observes them
     Swarm            flocking in a periodic box, and the Vicsek model
     LidarNavigation  robots with wheels and a lidar among walls and obstacles, and two drivers
-    VmasNavigation   the navigation scenario of VMAS, step for step
+    VmasNavigation   the navigation scenario of VMAS, step for step, and a rule for it
     Baselines        random actions, and what each environment is measured against
     Evaluation       held-out episodes, the comparison table, plot and side-by-side video
     Arguments        the command line of a script, ranges, the processes of a torchrun
@@ -17,7 +17,7 @@ In order:
     Vectorizer       any environment on a pool of forked workers, batches in shared memory; streams of such workers
     Adapters         one native environment alone, as Gymnasium's `Env` or PettingZoo's `ParallelEnv`
     Checks           of arguments, actions, seeds and states: a ValueError that names what is wrong
-    Lunar Lander     Gymnasium's LunarLander-v3, its Box2D physics included
+    Lunar Lander     Gymnasium's LunarLander-v3, its Box2D physics included, and its heuristic
     Native ids       what `make_vec` finds by name
 
 Units: lengths in the environment's own unit, angles in radians, times in its own or in steps. Arrays that are returned
@@ -2504,6 +2504,27 @@ class VmasNavigation(NativeVectorEnv):
         return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
 
 
+def homing_policy(envs, gain=16.0, damping=2.0, push=32.0, aside=4.0):
+    """Push towards the goal, against the own velocity, away from what the lidar sees, and to the left of that way.
+
+    All push at once, in proportion; what the lidar sees weighs 0 at the end of its range and 1 at no distance. Without
+    `aside`, two that are in each other's way would stay there.
+    """
+    bearing = 2.0 * np.pi / VMAS_RAYS * np.arange(VMAS_RAYS)
+    rays = np.stack([np.cos(bearing), np.sin(bearing)], axis=-1)  # (rays, 2)
+
+    def act(observations, infos):
+        own = observations[..., -VMAS_OWN_FEATURES - VMAS_RAYS :].astype(float)  # without those of neighbours
+        velocity = own[..., 2:4]
+        from_goal = own[..., 4:6]
+        away = -own[..., VMAS_OWN_FEATURES:] @ rays / VMAS_RANGE  # (num_envs, n_agents, 2)
+        left = np.stack([-away[..., 1], away[..., 0]], axis=-1)
+        force = push * away + aside * left - gain * from_goal - damping * velocity
+        return np.clip(force, -1.0, 1.0).astype(np.float32)
+
+    return act
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Baselines
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2523,6 +2544,10 @@ def baselines(env_id, **env_kwargs):
     if env_id == "LidarNavigation":
         drivers = {"steering": steering_policy, "planning": planning_policy, "random": random_policy}
         return {name: (make_policy, env_kwargs) for name, make_policy in drivers.items()}
+    if env_id == "VmasNavigation":
+        return {"homing": (homing_policy, env_kwargs), "random": (random_policy, env_kwargs)}
+    if env_id in LANDERS:
+        return {"heuristic": (heuristic_policy, env_kwargs), "random": (random_policy, env_kwargs)}
     if env_id != "Swarm":
         return {"random": (random_policy, env_kwargs)}
     # Vicsek averages over all within the radius, here its 40 nearest; what is seen changes nothing in the physics.
@@ -6441,6 +6466,28 @@ class LunarLander(NativeVectorEnv):
             polygon((77, 77, 128), corners, 3)
         surface = pygame.transform.smoothscale(surface, (width, height))
         return pygame.surfarray.array3d(surface).swapaxes(0, 1).copy()
+
+
+LANDERS = ("LunarLander", "DenseLunarLander", "SparseLunarLander", "LunarLander-v3", "LunarLanderContinuous-v3")
+
+
+def heuristic_policy(envs):
+    """gymnasium.envs.box2d.lunar_lander.heuristic, for a batch of LANDERS: lean towards the pad, fall the slower the
+    nearer it is, and once a leg is down only brake the fall.
+    """
+    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
+
+    def act(observations, infos):
+        x, y, speed_x, speed_y, angle, spin, right, left = np.moveaxis(observations, -1, 0)  # each (num_envs,)
+        down = (right > 0) | (left > 0)
+        turn = np.where(down, 0.0, 0.5 * (np.clip(0.5 * x + speed_x, -0.4, 0.4) - angle) - spin)
+        climb = np.where(down, 0.0, 0.5 * (0.55 * np.abs(x) - y)) - 0.5 * speed_y
+        if not discrete:
+            return np.clip(np.stack([20.0 * climb - 1.0, -20.0 * turn], axis=-1), -1.0, 1.0).astype(np.float32)
+        side = np.where(turn < -0.05, 3, np.where(turn > 0.05, 1, 0))
+        return np.where((climb > np.abs(turn)) & (climb > 0.05), 2, side)
+
+    return act
 
 
 # ----------------------------------------------------------------------------------------------------------------------

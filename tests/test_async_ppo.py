@@ -930,7 +930,7 @@ def test_a_run_leaves_its_events_model_plot_and_video_and_nothing_else(finished)
     run = finished["whole"]
     assert [name.split(".")[0] for name in contents(run.folder)] == ["eval", "eval", "events", "model"]
     assert "Warning" not in run.output
-    assert list(table(run.output))[1:] == ["async_ppo", "sampled", "random"]
+    assert list(table(run.output))[1:] == ["async_ppo", "sampled", "heuristic", "random"]
 
 
 def test_in_a_world_that_draws_no_pictures_policies_are_compared_without_a_video(capsys, tmp_path):
@@ -963,9 +963,8 @@ def test_evaluate_prints_the_table_of_the_run_again_and_judges_elsewhere(nursery
     assert [again.code, other.code] == [0, 0], again.output + other.output
     assert refused.code == 1 and "env_kwargs is {'gravity': -9}: with evaluate they must be left out" in refused.output
     assert table(again.output) == table(finished["whole"].output)
-    assert list(table(other.output))[1:] == ["async_ppo", "sampled", "random"] and table(other.output) != table(
-        again.output
-    )
+    assert list(table(other.output))[1:] == ["async_ppo", "sampled", "heuristic", "random"]
+    assert table(other.output) != table(again.output)
     (drawn,) = (tmp_path / "again").glob("evaluate-*")
     assert contents(drawn) == ["eval.mp4", "eval.png"] and not folders(tmp_path / "again")
 

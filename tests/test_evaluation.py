@@ -48,8 +48,8 @@ def test_the_table_holds_mean_and_deviation_over_the_episodes_of_each_policy():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
     head, _, *rows = rows
     assert head[:4] == ["policy", "return", "length", "reward per step"] and "crashed" in head
-    assert [row[0] for row in rows] == ["idle", "random"] and all(len(row) == len(head) for row in rows)
-    for row, make_policy in zip(rows, (idle["idle"], envs.random_policy), strict=True):
+    assert [row[0] for row in rows] == ["idle", "heuristic", "random"] and all(len(row) == len(head) for row in rows)
+    for row, make_policy in zip(rows, (idle["idle"], envs.heuristic_policy, envs.random_policy), strict=True):
         episodes = [stats for stats, _ in literal(make_policy, "LunarLander", 9, 3, max_steps=150)]
         columns = {"return": [e["r"] for e in episodes], "length": [e["l"] for e in episodes]}
         columns |= {"reward per step": [e["r"] / e["l"] for e in episodes]}

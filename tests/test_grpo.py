@@ -323,7 +323,7 @@ def test_the_same_seed_gives_identical_weights_and_curves(twins):
 def test_a_run_leaves_its_events_model_plot_and_video_and_nothing_else(finished):
     assert [name.split(".")[0] for name in contents(finished.folder)] == ["eval", "eval", "events", "model"]
     assert "Warning" not in finished.output
-    assert list(table(finished.output))[1:] == ["grpo_hybrid", "sampled", "random"]
+    assert list(table(finished.output))[1:] == ["grpo_hybrid", "sampled", "heuristic", "random"]
     assert table(finished.output)["policy"][:2] == ["return", "length"]
 
 
@@ -525,7 +525,7 @@ def test_evaluate_prints_the_table_of_the_run_again_and_judges_elsewhere(nursery
     assert [again.code, other.code] == [0, 0], again.output + other.output
     assert refused.code == 1 and "env_kwargs is {'gravity': -9}: with evaluate they must be left out" in refused.output
     assert table(again.output) == table(finished.output)
-    assert list(table(other.output))[1:] == ["grpo_hybrid", "sampled", "random"]
+    assert list(table(other.output))[1:] == ["grpo_hybrid", "sampled", "heuristic", "random"]
     (drawn,) = (tmp_path / "again").glob("evaluate-*")
     assert contents(drawn) == ["eval.mp4", "eval.png"] and not folders(tmp_path / "again")
 

@@ -187,6 +187,21 @@ def test_whole_landings_end_as_on_box2d(arguments):
     assert np.median(gaps) < 1e-5
 
 
+@pytest.mark.parametrize("continuous", [False, True])
+def test_the_baseline_is_gymnasiums_heuristic(continuous):
+    vector = make(50, continuous=continuous)
+    pilot = Box2DLander(continuous=continuous)
+    policy = envs.heuristic_policy(vector)
+    observations, infos = vector.reset(seed=0)
+    for _ in range(250):  # until most of them stand on the ground
+        actions = policy(observations, infos)
+        expected = [lunar_lander.heuristic(pilot, seen) for seen in observations]
+        np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-6)
+        observations, _, _, _, infos = vector.step(actions)
+    for env_id in ("LunarLander", "SparseLunarLander", "LunarLander-v3"):
+        assert list(envs.baselines(env_id)) == ["heuristic", "random"]
+
+
 def test_scripted_policies_score_as_on_box2d():
     """Bounds around what 1,000 Box2D episodes gave: -182, -132 and 243 on average; 91% of the landings 200 or more."""
     rng = np.random.default_rng(0)

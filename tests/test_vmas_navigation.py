@@ -558,3 +558,30 @@ def test_an_agent_far_out_is_still_in_the_picture():
     vector.reset(seed=0, options={"agent_pos": [[[-6.0, 5.0]]], "goal_pos": [[[0.0, 0.0]]]})
     (picture,) = vector.render()
     assert (at(picture, (-6.0, 5.0), half=6.2) < 240).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The baseline
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_neighbors", [0, 2])
+def test_the_rule_brings_nearly_all_agents_home_and_they_hardly_touch(n_neighbors):
+    make_policy, kwargs = envs.baselines("VmasNavigation", n_neighbors=n_neighbors)["homing"]
+    stats, _, _ = envs.evaluate(make_policy, "VmasNavigation", 100, 7, **kwargs)
+    assert stats["arrived"].mean() > 0.95 and stats["collisions"].mean() < 0.01
+    vector = envs.make_vec("VmasNavigation", 100, 0)
+    vector.reset(seed=7)
+    state = vector.get_state()
+    to_go = np.linalg.norm(state["goal_pos"] - state["agent_pos"], axis=-1).sum(-1)  # what coming near can pay
+    assert 0.95 < stats["r"].mean() / to_go.mean() <= 1.01
+
+
+def test_the_rule_pushes_to_the_goal_and_away_to_the_left_of_what_is_near():
+    vector = envs.make_vec("VmasNavigation", 1, 0, n_agents=2)
+    start = {"agent_pos": [[[0.0, 0.0], [0.25, 0.0]]], "goal_pos": [[[0.0, 0.0], [0.25, 0.02]]]}
+    observations, infos = vector.reset(seed=0, options=start | {"agent_vel": [[[0.0, 0.0], [0.0, 0.0]]]})
+    ((first, second),) = envs.homing_policy(vector, push=0.1, aside=0.05)(observations, infos)
+    weight = (LIDAR_RANGE - 0.15) / LIDAR_RANGE  # the other's edge is 0.15 away
+    assert first[0] < -0.1 * weight and second[0] > 0.1 * weight and second[1] > 0.3  # neighbouring rays see it, too
+    assert first[1] < 0
