@@ -485,6 +485,11 @@ def _around(a, cells):
 def _sort_into_cells(points, cells, side, order, start):
     """Counting sort of points (n, 2 or more) by grid cell: cell c holds order[start[c] : start[c + 1]]."""
     start[:] = 0
+    if cells == 1:
+        start[1] = points.shape[0]
+        for i in range(points.shape[0]):
+            order[i] = i
+        return
     for i in range(points.shape[0]):
         start[_cell(points[i, 0], cells, side) * cells + _cell(points[i, 1], cells, side)] += 1
     for c in range(1, start.shape[0]):
@@ -1260,6 +1265,10 @@ LIDAR_SPAWN_MARGIN = 0.5  # between a spawned robot's centre, or a goal, and the
 LIDAR_SPAWN_GAP = 0.1  # between a spawned robot, or one that stands on a goal, and everything else [m]
 LIDAR_OBSTACLE_RADII = (0.2, 0.5)  # the smallest and the largest [m]
 LIDAR_OBSTACLE_GAP = 0.3  # around every obstacle, so that a robot gets through [m]
+LIDAR_DOOR = 0.6  # width of a door: two robots pass each other [m]
+LIDAR_DOOR_MARGIN = 0.3  # between a door and the corners of its wall, at least [m]
+LIDAR_DOOR_SHARE = 0.3  # of the walls that could do without a door
+LIDAR_ROOM_SIDE = 1.5  # of a room, at least [m]
 LIDAR_PLACING_TRIES = 1000  # places tried for each robot, goal and obstacle
 LIDAR_CONTACT_DEPTH = 1e-4  # discs that overlap by less do not touch: what rounding leaves is no collision [m]
 LIDAR_CONTACT_PASSES = 50  # at most
@@ -1300,6 +1309,10 @@ LIDAR_SIN = np.sin(np.arange(LIDAR_RAYS) * (2.0 * math.pi / LIDAR_RAYS)).astype(
 class LidarParams(NamedTuple):
     width: float  # of the arena, along x [m]
     height: float  # along y [m]
+    columns: int  # of rooms, along x; 1 x 1 has no inner walls
+    rows: int  # along y
+    room_width: float  # [m]
+    room_height: float  # [m]
     max_steps: int
     goal_visible_steps: int
     side: float  # of the square that the cell grids divide: the longer side of the arena [m]
@@ -1320,6 +1333,7 @@ class LidarState(NamedTuple):
     straight: np.ndarray  # (num_envs, n_agents), from where the goal was set to the edge of its circle [m]
     driven: np.ndarray  # (num_envs, n_agents), the way since then [m]
     obstacle: np.ndarray  # (num_envs, n_obstacles, 3), x, y and radius [m]
+    door: np.ndarray  # (num_envs, n_walls, 2), along each inner wall, from where to where; 0, 0 without one [m]
     elapsed: np.ndarray  # (num_envs,), steps since the reset
     totals: np.ndarray  # (num_envs, len(stat_names)), sums over the episode so far
     rng: np.ndarray  # (num_envs, 2)
@@ -1343,6 +1357,72 @@ class LidarScratch(NamedTuple):
     radio_order: np.ndarray  # (n_agents,), robots sorted by grid cell
     radio_start: np.ndarray  # (radio cells ** 2 + 1,), where each cell begins there
     nearest: np.ndarray  # (n_neighbors,), squared distances of a robot's nearest so far [m^2]
+    reached: np.ndarray  # (n_rooms,), whether the random walk that draws doors has been there
+
+
+@inlined
+def _wall_right(column, row, params):
+    """The index of the wall between a room and the next along x."""
+    return row * (params.columns - 1) + column
+
+
+@inlined
+def _wall_above(column, row, params):
+    """The index of the wall between a room and the next along y, after all those along x."""
+    return params.rows * (params.columns - 1) + row * params.columns + column
+
+
+@inlined
+def _draw_doors(env, params, state, reached):
+    """Doors that connect all rooms: in the walls of a random spanning tree, and in some of the others.
+
+    A random walk through the rooms opens the walls through which it first enters a room. All trees are then equally
+    likely (Broder, FOCS 1989; Aldous, SIAM J. Discrete Math. 3, 450 (1990)).
+    """
+    rng = state.rng
+    door = state.door
+    columns, rows = params.columns, params.rows
+    for wall in range(door.shape[1]):
+        door[env, wall, 0], door[env, wall, 1] = 0.0, 0.0
+    reached[:] = False
+    reached[0] = True
+    n_reached = 1
+    column = row = 0
+    while n_reached < reached.shape[0]:
+        way = int(_uniform(rng, env, 0.0, 4.0))  # right, left, up or down
+        next_column = column + (way == 0) - (way == 1)
+        next_row = row + (way == 2) - (way == 3)
+        if not (0 <= next_column < columns and 0 <= next_row < rows):
+            continue
+        if not reached[next_row * columns + next_column]:
+            reached[next_row * columns + next_column] = True
+            n_reached += 1
+            if way < 2:
+                door[env, _wall_right(min(column, next_column), row, params), 1] = LIDAR_DOOR
+            else:
+                door[env, _wall_above(column, min(row, next_row), params), 1] = LIDAR_DOOR
+        column, row = next_column, next_row
+
+    # Some more, and where along the walls all of them are
+    for wall in range(door.shape[1]):
+        n_right = rows * (columns - 1)
+        if wall < n_right:
+            length = params.room_height
+            corner = wall // (columns - 1) * length
+        else:
+            length = params.room_width
+            corner = (wall - n_right) % columns * length
+        if door[env, wall, 1] > 0.0 or _uniform(rng, env, 0.0, 1.0) < LIDAR_DOOR_SHARE:
+            begin = corner + _uniform(rng, env, LIDAR_DOOR_MARGIN, length - LIDAR_DOOR_MARGIN - LIDAR_DOOR)
+            door[env, wall, 0], door[env, wall, 1] = begin, begin + LIDAR_DOOR
+
+
+@inlined
+def _near_wall(x, y, clearance, params):
+    """Whether (x, y) is nearer than `clearance` to the line of an inner wall, doors included."""
+    column, row = np.rint(x / params.room_width), np.rint(y / params.room_height)
+    beside = 0 < column < params.columns and abs(x - column * params.room_width) < clearance
+    return beside or (0 < row < params.rows and abs(y - row * params.room_height) < clearance)
 
 
 @kernel
@@ -1367,7 +1447,8 @@ def _set_goal(env, i, params, state, disc):
         goal[i, 0], goal[i, 1] = x, y
         distance = math.hypot(x - position[i, 0], y - position[i, 1])
         far = distance >= LIDAR_GOAL_DISTANCE * (1.0 - attempt / LIDAR_PLACING_TRIES)
-        if far and not _overlaps(x, y, LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP, disc, n_obstacles):
+        clearance = LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP
+        if far and not (_near_wall(x, y, clearance, params) or _overlaps(x, y, clearance, disc, n_obstacles)):
             break
     _begin_leg(env, i, state)
 
@@ -1384,7 +1465,7 @@ def _begin_leg(env, i, state):
 
 
 @kernel
-def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals, params, state, disc):
+def _lidar_reset(env, draw_doors, draw_obstacles, draw_positions, draw_headings, draw_goals, params, state, scratch):
     """A new episode.
 
     In an arena that is all but full, something may find no place in LIDAR_PLACING_TRIES tries. An obstacle is then
@@ -1396,6 +1477,11 @@ def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals,
     rng = state.rng
     n_obstacles = obstacle.shape[0]
     width, height = params.width, params.height
+    disc = scratch.disc
+
+    # Doors
+    if draw_doors and state.door.shape[1] > 0:
+        _draw_doors(env, params, state, scratch.reached)
 
     # Obstacles
     for k in range(n_obstacles):
@@ -1404,7 +1490,8 @@ def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals,
                 radius = _uniform(rng, env, LIDAR_OBSTACLE_RADII[0], LIDAR_OBSTACLE_RADII[1])
                 x = _uniform(rng, env, radius + LIDAR_OBSTACLE_GAP, width - radius - LIDAR_OBSTACLE_GAP)
                 y = _uniform(rng, env, radius + LIDAR_OBSTACLE_GAP, height - radius - LIDAR_OBSTACLE_GAP)
-                if not _overlaps(x, y, radius + LIDAR_OBSTACLE_GAP, disc, k):
+                clearance = radius + LIDAR_OBSTACLE_GAP
+                if not (_near_wall(x, y, clearance, params) or _overlaps(x, y, clearance, disc, k)):
                     break
                 radius = 0.0
                 x = y = 0.0
@@ -1418,7 +1505,8 @@ def _lidar_reset(env, draw_obstacles, draw_positions, draw_headings, draw_goals,
             for _ in range(LIDAR_PLACING_TRIES):
                 x = _uniform(rng, env, LIDAR_SPAWN_MARGIN, width - LIDAR_SPAWN_MARGIN)
                 y = _uniform(rng, env, LIDAR_SPAWN_MARGIN, height - LIDAR_SPAWN_MARGIN)
-                if not _overlaps(x, y, LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP, disc, n_obstacles + i):
+                clearance = LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP
+                if not (_near_wall(x, y, clearance, params) or _overlaps(x, y, clearance, disc, n_obstacles + i)):
                     break
             position[i, 0], position[i, 1] = x, y
             disc[n_obstacles + i, 0], disc[n_obstacles + i, 1] = x, y
@@ -1484,6 +1572,50 @@ def _lidar_drive(env, actions, state, scratch):
         disc[n_obstacles + i, 2] = LIDAR_ROBOT_RADIUS
 
 
+@kernel
+def _clear_wall(across, along, wall, begin, end, side):
+    """A robot's coordinates across and along an inner wall, pushed clear of it, or of the nearer post of its door.
+
+    The wall is thin, and the robot stays on the `side` (-1 or 1) of it where it was before the step, but for the door.
+    """
+    if not begin < along < end:
+        return wall + side * max(side * (across - wall), LIDAR_ROBOT_RADIUS), along
+    post = begin if along - begin < end - along else end
+    distance = math.hypot(across - wall, along - post)
+    push = max(LIDAR_ROBOT_RADIUS / max(distance, 1e-9), 1.0)
+    return wall + push * (across - wall), post + push * (along - post)
+
+
+@kernel
+def _clear_walls(env, params, door, before, touched, disc, first):
+    """Push the robots, from row `first` of `disc` on, clear of the inner walls of the rooms they were in `before`.
+
+    Returns whether none of them was in contact.
+    """
+    clear = True
+    for i in range(before.shape[0]):
+        column = _cell(before[i, 0], params.columns, params.width)
+        row = _cell(before[i, 1], params.rows, params.height)
+        x, y = disc[first + i, 0], disc[first + i, 1]
+        if column > 0:
+            wall = _wall_right(column - 1, row, params)
+            x, y = _clear_wall(x, y, column * params.room_width, door[env, wall, 0], door[env, wall, 1], 1.0)
+        if column < params.columns - 1:
+            wall = _wall_right(column, row, params)
+            x, y = _clear_wall(x, y, (column + 1) * params.room_width, door[env, wall, 0], door[env, wall, 1], -1.0)
+        if row > 0:
+            wall = _wall_above(column, row - 1, params)
+            y, x = _clear_wall(y, x, row * params.room_height, door[env, wall, 0], door[env, wall, 1], 1.0)
+        if row < params.rows - 1:
+            wall = _wall_above(column, row, params)
+            y, x = _clear_wall(y, x, (row + 1) * params.room_height, door[env, wall, 0], door[env, wall, 1], -1.0)
+        contact = max(abs(x - disc[first + i, 0]), abs(y - disc[first + i, 1])) > LIDAR_CONTACT_DEPTH
+        clear &= not contact
+        touched[i] |= contact
+        disc[first + i, 0], disc[first + i, 1] = x, y
+    return clear
+
+
 @inlined
 def _lidar_contacts(env, params, state, scratch):
     """Push robots out of whatever they overlap; one in contact drives only as fast as it really got ahead.
@@ -1546,6 +1678,8 @@ def _lidar_contacts(env, params, state, scratch):
             settled &= not (wall or push[i, 0] != 0.0 or push[i, 1] != 0.0)
             touched[i] |= wall
             disc[first + i, 0], disc[first + i, 1] = inside_x, inside_y
+        if state.door.shape[1] > 0:
+            settled &= _clear_walls(env, params, state.door, scratch.before, touched, disc, first)
         if settled:
             break
 
@@ -1562,10 +1696,10 @@ def _lidar_contacts(env, params, state, scratch):
 
 @kernel
 def _scan(cos, sin, left, right, below, above, seen, n_seen, row):
-    """One lidar: row[k] becomes the reading of ray k. All lengths are in lidar ranges.
+    """One lidar: row[k] becomes the length of ray k, but for inner walls. All lengths are in lidar ranges.
 
     left, right, below and above are the distances to the walls; seen[:n_seen] are the discs. In float32 and without
-    branches, so that it compiles to vector instructions over the rays. Readings are within 1e-6 of the exact ones, or
+    branches, so that it compiles to vector instructions over the rays. Lengths are within 1e-6 of the exact ones, or
     1e-3 where a ray only grazes a disc.
     """
     zero = np.float32(0.0)
@@ -1590,7 +1724,52 @@ def _scan(cos, sin, left, right, below, above, seen, n_seen, row):
             hit = max(along - root, zero) if (inside > zero) & (along + root > zero) else one
             row[k] = min(row[k], hit)
 
-    # Readings: near things get most of the scale, because only they are a reason to turn
+
+@kernel
+def _scan_wall(across_cos, across_sin, along_cos, along_sin, away, low, high, begin, end, row):
+    """Cut the rays short at one inner wall, `away` across it, that reaches from low to high with a door in between.
+
+    The first four turn a ray into its components across and along the wall.
+    """
+    for k in range(LIDAR_RAYS):
+        length = away / (across_cos * LIDAR_COS[k] + across_sin * LIDAR_SIN[k])
+        along = length * (along_cos * LIDAR_COS[k] + along_sin * LIDAR_SIN[k])
+        solid = (along >= low) & (along <= high) & ((along <= begin) | (along >= end))
+        hit = length if (length >= np.float32(0.0)) & solid else np.float32(1.0)
+        row[k] = min(row[k], hit)
+
+
+@kernel
+def _scan_rooms(env, x, y, cos, sin, params, door, row):
+    """Cut the rays of one lidar short at the inner walls within its range. x, y and rays are in lidar ranges."""
+    width, height = params.room_width / LIDAR_RANGE, params.room_height / LIDAR_RANGE
+    first_column, last_column = max(int((x - 1.0) / width), 0), min(int((x + 1.0) / width), params.columns - 1)
+    first_row, last_row = max(int((y - 1.0) / height), 0), min(int((y + 1.0) / height), params.rows - 1)
+    cos, sin = np.float32(cos), np.float32(sin)
+    for r in range(first_row, last_row + 1):
+        for c in range(first_column, last_column + 1):
+            if c < last_column:
+                wall = _wall_right(c, r, params)
+                _scan_wall(
+                    cos, -sin, sin, cos, np.float32((c + 1) * width - x),
+                    np.float32(r * height - y), np.float32((r + 1) * height - y),
+                    np.float32(door[env, wall, 0] / LIDAR_RANGE - y), np.float32(door[env, wall, 1] / LIDAR_RANGE - y),
+                    row,
+                )  # fmt: skip
+            if r < last_row:
+                wall = _wall_above(c, r, params)
+                _scan_wall(
+                    sin, cos, cos, -sin, np.float32((r + 1) * height - y),
+                    np.float32(c * width - x), np.float32((c + 1) * width - x),
+                    np.float32(door[env, wall, 0] / LIDAR_RANGE - x), np.float32(door[env, wall, 1] / LIDAR_RANGE - x),
+                    row,
+                )  # fmt: skip
+
+
+@kernel
+def _to_readings(row):
+    """The lengths of rays as observed: near things get most of the scale, because only they are a reason to turn."""
+    one = np.float32(1.0)
     for k in range(LIDAR_RAYS):
         row[k] = (np.float32(6.0) * row[k] - one) / (one + np.float32(4.0) * row[k])
 
@@ -1683,10 +1862,14 @@ def _lidar_observe(env, params, state, scratch, outputs):
                 n_seen += (dx * dx + dy * dy < (1.0 + radius) ** 2) & (other != m)
 
         # Rays
+        rays = observations[env, i, lidar:own]
         _scan(
             np.float32(cos), np.float32(sin), np.float32(x), np.float32(params.width / LIDAR_RANGE - x),
-            np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, observations[env, i, lidar:own],
+            np.float32(y), np.float32(params.height / LIDAR_RANGE - y), seen, n_seen, rays,
         )  # fmt: skip
+        if state.door.shape[1] > 0:
+            _scan_rooms(env, x, y, cos, sin, params, state.door, rays)
+        _to_readings(rays)
 
         # Forward speed and yaw rate, by their largest
         observations[env, i, own] = (wheel[env, i, 0] + wheel[env, i, 1]) / (2.0 * LIDAR_WHEEL_SPEED)
@@ -1778,12 +1961,12 @@ def _lidar_step(actions, params, state, scratch, outputs):
             outputs.final_neighbors[env] = outputs.neighbors[env]
             outputs.final_unseen[env] = outputs.unseen[env]
             _lidar_stats(actions.shape[1], state.totals[env], outputs.stats[env])
-            _lidar_reset(env, True, True, True, True, params, state, scratch.disc)
+            _lidar_reset(env, True, True, True, True, True, params, state, scratch)
             _lidar_observe(env, params, state, scratch, outputs)
 
 
 class LidarNavigation(NativeVectorEnv):
-    """Robots with two wheels and a lidar, each on the way to one goal after another, in an arena with four walls.
+    """Robots with two wheels and a lidar, each on the way to one goal after another, in an arena with walls.
 
     Action (num_envs, n_agents, 2): the left and the right motor. 1 is full speed, LIDAR_WHEEL_SPEED, and so is more, up
     to LIDAR_LARGEST_COMMAND: policies that tanh keeps within the bounds never get to the bounds themselves. The wheels
@@ -1827,10 +2010,16 @@ class LidarNavigation(NativeVectorEnv):
         contact                share of steps in contact, mean over robots
         reward_<term>          the weighted reward terms, means over robots; they add up to r
 
+    With `rooms`, a text like "3x2" (columns along x, rows along y; 0: none), thin inner walls divide the arena into
+    equal rooms, at least LIDAR_ROOM_SIDE wide and high. New doors, LIDAR_DOOR wide, connect all of them in every
+    episode. Distances to goals are those through the walls.
+
     Every episode has new obstacles, with gaps that a robot can pass, new starts and new goals. `reset(options=
     {"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "goal": (num_envs, n_agents, 2), "obstacle":
-    (num_envs, n_obstacles, 3: x, y, radius)})` gives any part of the start; the episodes after it start at random
-    again. A robot given a place that something else occupies is pushed clear by the first step.
+    (num_envs, n_obstacles, 3: x, y, radius), "door": (num_envs, n_walls, 2: begin and end along its wall [m], 0 and 0
+    for none)})` gives any part of the start; the episodes after it start at random again. The walls between columns
+    come first, then those between rows, both row by row. A robot given a place that something else occupies is pushed
+    clear by the first step.
 
     The arena, lidar, robots, rate and goals are those of Entropy Engine V2 (see README), 100 pixels to the metre.
     """
@@ -1850,6 +2039,7 @@ class LidarNavigation(NativeVectorEnv):
         n_obstacles=8,
         width=8.0,
         height=6.0,
+        rooms=0,
         max_steps=500,
         goal_visible_steps=None,
         n_neighbors=0,
@@ -1864,12 +2054,15 @@ class LidarNavigation(NativeVectorEnv):
         n_agents = _integer("n_agents", n_agents, 1, LARGEST_SIZE)
         n_obstacles = _integer("n_obstacles", n_obstacles, 0, LARGEST_SIZE)
         width, height = _number("width", width, 3.0), _number("height", height, 3.0)
+        columns, rows = _valid_rooms(rooms, width, height)
+        n_walls = rows * (columns - 1) + columns * (rows - 1)
         # Thrown at random, discs with half their gap find room until they cover about a half; a quarter leaves ways.
-        for name, count, radius, area in (
-            ("n_agents", n_agents, LIDAR_ROBOT_RADIUS + 0.5 * LIDAR_SPAWN_GAP, (width - 1.0) * (height - 1.0)),
-            ("n_obstacles", n_obstacles, 0.5 * (sum(LIDAR_OBSTACLE_RADII) + LIDAR_OBSTACLE_GAP), width * height),
+        for name, count, radius, border, gap in (
+            ("n_agents", n_agents, LIDAR_ROBOT_RADIUS, 1.0, LIDAR_SPAWN_GAP),
+            ("n_obstacles", n_obstacles, 0.5 * sum(LIDAR_OBSTACLE_RADII), 0.0, LIDAR_OBSTACLE_GAP),
         ):
-            most = int(0.25 * area / (math.pi * radius**2))
+            area = (width - border - gap * (columns - 1)) * (height - border - gap * (rows - 1))
+            most = int(0.25 * area / (math.pi * (radius + 0.5 * gap) ** 2))
             if count > most:
                 raise ValueError(f"{name} is {count}: at most {most} have room in an arena of {width:g} x {height:g} m")
         if goal_visible_steps is not None:
@@ -1887,6 +2080,10 @@ class LidarNavigation(NativeVectorEnv):
         self.params = LidarParams(
             width=width,
             height=height,
+            columns=columns,
+            rows=rows,
+            room_width=width / columns,
+            room_height=height / rows,
             max_steps=_integer("max_steps", max_steps, 1),
             goal_visible_steps=2**62 if goal_visible_steps is None else goal_visible_steps,
             side=side,
@@ -1910,12 +2107,14 @@ class LidarNavigation(NativeVectorEnv):
             "heading": (num_envs, n_agents),
             "goal": (num_envs, n_agents, 2),
             "obstacle": (num_envs, n_obstacles, 3),
+            "door": (num_envs, n_walls, 2),
         }
         corner = np.array([self.params.width, self.params.height])
         self.start_bounds = {
             "position": (LIDAR_ROBOT_RADIUS, corner - LIDAR_ROBOT_RADIUS),
             "goal": (0.0, corner),
             "obstacle": (0.0, np.append(corner, LIDAR_OBSTACLE_RADII[1])),
+            "door": (0.0, side),
         }
         self.buffers["neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
         self.buffers["final_neighbors"] = np.zeros((num_envs, n_agents, n_neighbors), np.int64)
@@ -1933,6 +2132,7 @@ class LidarNavigation(NativeVectorEnv):
             straight=np.zeros((num_envs, n_agents)),
             driven=np.zeros((num_envs, n_agents)),
             obstacle=np.zeros((num_envs, n_obstacles, 3)),
+            door=np.zeros((num_envs, n_walls, 2)),
             elapsed=np.zeros(num_envs, np.int64),
             totals=np.zeros((num_envs, len(self.stat_names))),
             rng=np.zeros((num_envs, 2), np.int64),
@@ -1953,6 +2153,7 @@ class LidarNavigation(NativeVectorEnv):
             radio_order=np.zeros(n_agents, np.int64),
             radio_start=np.zeros(self.params.radio_cells**2 + 1, np.int64),
             nearest=np.zeros(n_neighbors),
+            reached=np.zeros(columns * rows, bool),
         )
 
     def restart(self, start):
@@ -1960,9 +2161,9 @@ class LidarNavigation(NativeVectorEnv):
             getattr(self.state, name)[...] = start[name]
         if "heading" in start:
             self.state.direction[...] = np.stack([np.cos(start["heading"]), np.sin(start["heading"])], axis=-1)
-        draw = [name not in start for name in ("obstacle", "position", "heading", "goal")]
+        draw = [name not in start for name in ("door", "obstacle", "position", "heading", "goal")]
         for env in range(self.num_envs):
-            _lidar_reset(env, *draw, self.params, self.state, self.scratch.disc)
+            _lidar_reset(env, *draw, self.params, self.state, self.scratch)
 
     def observe(self):
         for env in range(self.num_envs):
@@ -1970,6 +2171,21 @@ class LidarNavigation(NativeVectorEnv):
 
     def advance(self, actions):
         _lidar_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
+
+    def wall_pieces(self, env):
+        """The inner walls of one environment, without their doors: (n, 2, 2), from where to where [m]."""
+        columns, rows = self.params.columns, self.params.rows
+        width, height = self.params.room_width, self.params.room_height
+        beside = [((column + 1) * width, row * height) for row in range(rows) for column in range(columns - 1)]
+        above = [(column * width, (row + 1) * height) for row in range(rows - 1) for column in range(columns)]
+        pieces = []
+        for wall, (x, y) in enumerate(beside + above):
+            begin, end = self.state.door[env, wall]
+            if wall < len(beside):
+                pieces += [((x, y), (x, max(begin, y))), ((x, max(end, y)), (x, y + height))]
+            else:
+                pieces += [((x, y), (max(begin, x), y)), ((max(end, x), y), (x + width, y))]
+        return np.reshape(pieces, (-1, 2, 2))
 
     def draw(self, env, size=512):
         """Robots with a mark ahead, rings in their colour for goals, the first one's lidar; the longer side `size`.
@@ -1984,6 +2200,8 @@ class LidarNavigation(NativeVectorEnv):
         surface.fill("white")
         for x, y, radius in scale * self.state.obstacle[env]:
             pygame.draw.circle(surface, "gray70", (x, y), radius)
+        for begin, end in scale * self.wall_pieces(env):
+            pygame.draw.line(surface, "black", begin.tolist(), end.tolist(), 6)
         position = scale * self.state.position[env]
         direction = self.state.direction[env]
         _draw_links(surface, position, self.buffers["neighbors"][env])
@@ -4446,6 +4664,20 @@ def _number(name, value, low=-1e6, high=1e6):
         allowed = f"from {low:g} to {high:g}"
         raise ValueError(f"{name} is {value!r}: it must be {allowed}")
     return float(value)
+
+
+def _valid_rooms(rooms, width, height):
+    """Columns and rows of rooms, from a text like "3x2"; 0 is one room, the whole arena."""
+    if isinstance(rooms, numbers.Integral) and not isinstance(rooms, bool) and rooms == 0:
+        return 1, 1
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", rooms) if isinstance(rooms, str) else None
+    if not found:
+        raise ValueError(f"rooms is {rooms!r}: it must be 0, or columns and rows like '3x2'")
+    columns, rows = map(int, found.groups())
+    if min(width / columns, height / rows) < LIDAR_ROOM_SIDE:
+        size = f"{width / columns:.3g} x {height / rows:.3g} m"
+        raise ValueError(f"rooms is {rooms!r}: they are {size}, and must be at least {LIDAR_ROOM_SIDE} m each way")
+    return columns, rows
 
 
 def _array(name, value, shape, dtype):

@@ -35,8 +35,11 @@ def alone(n_agents=1, obstacle=(), side=20.0, **env_kwargs):
     return vector, {"obstacle": np.reshape(obstacle, (1, -1, 3))}
 
 
-def readings(position, heading, obstacle, width, height):
-    """Lidar readings (n_agents, RAYS) by brute force, and how near each is to missing or meeting another disc [m]."""
+def readings(position, heading, obstacle, width, height, pieces=()):
+    """Lidar readings (n_agents, RAYS) by brute force, and how near each is to missing or meeting something else [m].
+
+    pieces (n, 2, 2) are those of inner walls, from where to where.
+    """
     expected, margin = np.ones((len(position), RAYS)), np.full((len(position), RAYS), math.inf)
     for i, (x, y) in enumerate(position):
         others = [(*other, RADIUS) for j, other in enumerate(position) if j != i]
@@ -47,6 +50,17 @@ def readings(position, heading, obstacle, width, height):
             for place, step, end in ((x, dx, width), (y, dy, height)):
                 if step != 0:
                     distances.append(((end if step > 0 else 0.0) - place) / step)
+            for begin, end in pieces:
+                axis = 0 if begin[0] == end[0] else 1  # across the piece
+                ray, place = (dx, dy), (x, y)
+                if ray[axis] == 0:
+                    continue
+                length = (begin[axis] - place[axis]) / ray[axis]
+                along = place[1 - axis] + length * ray[1 - axis]
+                if length > 0:
+                    margin[i, k] = min(margin[i, k], abs(along - begin[1 - axis]), abs(along - end[1 - axis]))
+                    if begin[1 - axis] <= along <= end[1 - axis]:
+                        distances.append(length)
             for cx, cy, radius in [*others, *obstacle]:
                 gap = math.hypot(cx - x, cy - y) - radius
                 if radius > 0 and gap <= 0:
@@ -553,6 +567,150 @@ def test_any_part_of_a_start_can_be_given_and_the_rest_is_random():
         assert np.linalg.norm(given["goal"] - given["position"], axis=-1).min() >= (name != "goal")
         play(other, random_actions(other, 2))
         assert not np.allclose(other.get_state()["obstacle"], given["obstacle"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rooms
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def walls(columns, rows):
+    """For every inner wall: the two rooms (column, row) that it parts, and the axis across it."""
+    beside = [((c, r), (c + 1, r), 0) for r in range(rows) for c in range(columns - 1)]
+    return beside + [((c, r), (c, r + 1), 1) for r in range(rows - 1) for c in range(columns)]
+
+
+@pytest.mark.parametrize("columns, rows", [(3, 2), (1, 3), (5, 4)])
+def test_all_rooms_are_connected_by_doors_that_keep_off_corners(columns, rows):
+    width, height = 3.0 * columns, 2.0 * rows
+    vector = make(1000, n_agents=1, n_obstacles=0, width=width, height=height, rooms=f"{columns}x{rows}", max_steps=1)
+    vector.reset(seed=0)
+    vector.step(np.zeros((1000, 1, 2)))  # the second episode has other doors
+    doors = vector.get_state()["door"]
+    assert doors.shape == (1000, len(walls(columns, rows)), 2)
+    n_doors = []
+    for door in doors:
+        reached, waiting = {(0, 0)}, [(0, 0)]
+        while waiting:
+            room = waiting.pop()
+            for (one, other, _), (begin, end) in zip(walls(columns, rows), door, strict=True):
+                if end > begin and room in (one, other) and not {one, other} <= reached:
+                    waiting += {one, other} - reached
+                    reached |= {one, other}
+        assert len(reached) == columns * rows
+        for ((column, row), _, axis), (begin, end) in zip(walls(columns, rows), door, strict=True):
+            corner, length = (row * height / rows, height / rows) if axis == 0 else (column * width / columns, 3.0)
+            if end > 0:
+                assert end - begin == pytest.approx(0.6)
+                assert corner + 0.3 <= begin + 1e-9 and end <= corner + length - 0.3 + 1e-9
+        n_doors.append((door[:, 1] > 0).sum())
+    tree = columns * rows - 1
+    spare = len(walls(columns, rows)) - tree
+    assert min(n_doors) >= tree and np.mean(n_doors) == pytest.approx(tree + 0.3 * spare, abs=0.2)
+    assert (np.diff(doors[:2], axis=0) != 0).any()
+
+
+def test_all_spanning_trees_of_four_rooms_are_equally_likely():
+    vector = make(4000, n_agents=1, n_obstacles=0, rooms="2x2")
+    vector.reset(seed=1)
+    closed = vector.get_state()["door"][..., 1] == 0
+    assert closed.sum(axis=1).max() == 1  # of a ring of four walls
+    np.testing.assert_allclose(closed.mean(axis=0), 0.7 / 4, atol=0.03)
+
+
+@examples
+@given(seed=st.integers(0, 2**32 - 1))
+def test_scans_match_the_reference_among_rooms(seed):
+    rng = np.random.default_rng(seed)
+    columns, rows = rng.integers(1, 5, 2)
+    width, height = columns * rng.uniform(1.5, 4) + 2, rows * rng.uniform(1.5, 4) + 2
+    vector = make(n_agents=6, n_obstacles=2, width=width, height=height, rooms=f"{columns}x{rows}")
+    position = rng.uniform(0.1, np.array([width, height]) - 0.1, (1, 6, 2))
+    heading = rng.uniform(-math.pi, math.pi, (1, 6))
+    observations, _ = vector.reset(seed=seed, options={"position": position, "heading": heading})
+    obstacle = vector.get_state()["obstacle"][0]
+    expected, margin = readings(position[0], heading[0], obstacle, width, height, vector.wall_pieces(0))
+    assert np.abs(ranges(observations[0]) - expected)[margin > 1e-5].max() < 3e-5 and (margin > 1e-5).mean() > 0.9
+
+
+@pytest.mark.parametrize("crowd", [{}, dict(n_agents=25, width=4.6, height=3.2, n_obstacles=0)])
+def test_no_robot_ever_crosses_a_wall(crowd):
+    vector = make(8, rooms="3x2", max_steps=10**6, **dict(n_agents=10, n_obstacles=3) | crowd)
+    vector.reset(seed=2)
+    params, rng = vector.params, np.random.default_rng(0)
+    size = np.array([params.room_width, params.room_height])
+    crossings = 0
+    for step in range(4000):
+        if step % 40 == 0:  # straight for one corner or another, so that they lean against walls and posts
+            target = rng.uniform(0, [params.width, params.height], (8, vector.single_action_space.shape[0], 2))
+        before = vector.get_state()
+        vector.step(np.clip(chase(vector, target) + rng.normal(0, 0.2, vector.action_space.shape), -1, 1))
+        old, new = before["position"], vector.get_state()["position"]
+        for env, i in np.argwhere(((old // size) != (new // size)).any(-1)):
+            here, there = tuple(map(int, old[env, i] // size)), tuple(map(int, new[env, i] // size))
+            wall = next(n for n, (*rooms, _) in enumerate(walls(3, 2)) if {here, there} == set(rooms))
+            axis = walls(3, 2)[wall][2]
+            line = size[axis] * max(here[axis], there[axis])
+            share = (line - old[env, i, axis]) / (new[env, i, axis] - old[env, i, axis])
+            along = old[env, i, 1 - axis] + share * (new[env, i, 1 - axis] - old[env, i, 1 - axis])
+            begin, end = before["door"][env, wall]
+            assert begin < along < end
+            crossings += 1
+        for env in range(8):  # nor does a robot reach into one, by more than the rounding
+            begin, end = np.moveaxis(vector.wall_pieces(env), 1, 0)
+            way, length = new[env, :, None] - begin, np.linalg.norm(end - begin, axis=-1)
+            along = ((end - begin) / np.maximum(length, 1e-9)[:, None] * way).sum(-1).clip(0, length)
+            nearest = begin + along[..., None] * (end - begin) / np.maximum(length, 1e-9)[:, None]
+            gaps = np.linalg.norm(new[env, :, None] - nearest, axis=-1)[:, length > 0]
+            assert gaps.min() > RADIUS - 2e-3
+    assert crossings > 100
+
+
+def test_starts_keep_off_inner_walls():
+    vector = make(200, rooms="3x2", n_agents=15, n_obstacles=6)
+    vector.reset(seed=0)
+    state = vector.get_state()
+    assert (state["obstacle"][..., 2] > 0).mean() > 0.99
+    for name, clearance in (("position", 0.2), ("goal", 0.2), ("obstacle", state["obstacle"][..., 2] + 0.3)):
+        x, y = np.moveaxis(state[name][..., :2], -1, 0)
+        gaps = np.minimum(np.abs(x[..., None] - [8 / 3, 16 / 3]).min(-1), np.abs(y - 3))
+        assert (gaps >= clearance - 1e-12)[state["obstacle"][..., 2] > 0 if name == "obstacle" else ...].all()
+        assert len(np.unique(np.stack([x // (8 / 3), y // 3], -1).reshape(-1, 2), axis=0)) == 6
+
+
+def test_a_robot_drives_through_a_door_and_stops_at_a_wall():
+    vector = make(n_agents=2, n_obstacles=0, rooms="2x1")
+    start = {"position": [[[3.5, 3.0], [3.5, 5.0]]], "heading": [[0, 0]], "goal": [[[7, 1], [7, 5]]]}
+    observations, _ = vector.reset(seed=0, options=start | {"door": [[[2.7, 3.3]]]})
+    assert ranges(observations)[0, 0, 0] == 1 and ranges(observations)[0, 1, 0] == pytest.approx(0.5 / 3, abs=1e-6)
+    play(vector, np.ones((40, 1, 2, 2)))
+    state = vector.get_state()
+    np.testing.assert_allclose(state["position"], [[[3.5 + 2 - LAG, 3], [3.9, 5]]], atol=1e-9)
+    assert state["contact"].tolist() == [[False, True]]
+
+
+def test_a_robot_slides_off_the_post_of_a_door():
+    vector = make(n_agents=1, n_obstacles=0, rooms="2x1")
+    start = {"position": [[[3.5, 3.25]]], "heading": [[0]], "goal": [[[7, 1]]], "door": [[[2.7, 3.3]]]}
+    vector.reset(seed=0, options=start)
+    play(vector, np.ones((60, 1, 1, 2)))
+    x, y = vector.get_state()["position"][0, 0]
+    assert x > 4.5 and y == pytest.approx(3.2, abs=0.01)
+
+
+def test_one_room_is_the_arena_without():
+    one, none = make(2, rooms="1x1"), make(2)
+    assert np.array_equal(one.reset(seed=0)[0], none.reset(seed=0)[0])
+    for action in random_actions(one, 20):
+        assert np.array_equal(one.step(action)[0], none.step(action)[0])
+
+
+def test_inner_walls_are_drawn_but_for_their_doors():
+    vector = make(n_agents=1, n_obstacles=0, rooms="2x1", render_mode="rgb_array")
+    start = {"position": [[[1, 1]]], "goal": [[[7, 1]]], "heading": [[0.0]], "door": [[[2.7, 3.3]]]}
+    vector.reset(seed=0, options=start)
+    picture = vector.render()[0].astype(int)
+    assert (picture[round((6 - 5) * 64), 256] < 50).all() and (picture[round((6 - 3) * 64), 256] > 200).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

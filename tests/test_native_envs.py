@@ -125,7 +125,7 @@ SWARM = Case(
     starts={"position": (4, 3, 2), "heading": (4, 3), "obstacle": (4, 1, 2)},
 )
 LIDAR = Case(
-    kwargs=dict(goal_visible_steps=2, n_neighbors=3, max_steps=30),
+    kwargs=dict(goal_visible_steps=2, n_neighbors=3, rooms="3x2", max_steps=30),
     drive=functools.partial(anything, low=-0.2),
     steps=80,
     resume_at=20,
@@ -143,14 +143,15 @@ LIDAR = Case(
         "contact",
         *(f"reward_{term}" for term in LIDAR_TERMS),
     ),  # fmt: skip
-    state=("position", "direction", "wheel", "contact", "goal", "obstacle", "elapsed", "totals", "rng"),
-    exact_starts=("position", "goal", "obstacle"),
+    state=("position", "direction", "wheel", "contact", "goal", "obstacle", "door", "elapsed", "totals", "rng"),
+    exact_starts=("position", "goal", "obstacle", "door"),
     picture=(384, 512, 3),
-    small=dict(n_agents=2, n_obstacles=1),
+    small=dict(n_agents=2, n_obstacles=1, rooms="2x1"),
     actions=((4, 2, 2),),
     bad_arguments=dict(
         n_agents=(0, -1, 2.5, True, "10", None, 124),
         n_obstacles=(-1, 1.5, None, 16),
+        rooms=(1, -1, True, None, "3", "0x2", "3 x 2", "6x1", "1x5", (3, 2)),
         **dict.fromkeys(("width", "height"), (2.9, -1, math.nan, math.inf, "8", None)),
         goal_visible_steps=(0, -1, 1.5, True),
         n_neighbors=(-1, 2.5, None, True),
@@ -158,7 +159,7 @@ LIDAR = Case(
         **dict.fromkeys((f"{term}_weight" for term in LIDAR_TERMS), NOT_NUMBERS),
     ),
     unknown_argument="box_size",
-    starts={"position": (4, 2, 2), "heading": (4, 2), "goal": (4, 2, 2), "obstacle": (4, 1, 3)},
+    starts={"position": (4, 2, 2), "heading": (4, 2), "goal": (4, 2, 2), "obstacle": (4, 1, 3), "door": (4, 1, 2)},
     outside=(
         ("position", (3, 1, 0), 0.05, "from 0.1 to 7.9"),
         ("position", (3, 0, 1), 5.95, "from 0.1 to 5.9"),
@@ -168,6 +169,7 @@ LIDAR = Case(
         ("obstacle", (3, 0, 2), 0.6, "from 0 to 0.5"),
         ("obstacle", (3, 0, 2), -0.1, "from 0 to 0.5"),
         ("obstacle", (3, 0, 1), 6.1, "from 0 to 6"),
+        ("door", (3, 0, 1), 8.1, "from 0 to 8"),
     ),
 )
 VMAS = Case(
