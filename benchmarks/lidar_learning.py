@@ -23,7 +23,7 @@ from common import evaluate, load_policy, mean_and_interval, print_head, print_r
 import envs
 
 MLP = (
-    "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-steps 32 --num-minibatches 8 "
+    "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-steps 32 --num-minibatches 16 "
     "--learning-rate 7e-4 --total-timesteps 12000000 --eval-every 1000000"
 )
 MEMORY = (

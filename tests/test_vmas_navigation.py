@@ -574,7 +574,7 @@ def test_the_rule_brings_nearly_all_agents_home_and_they_hardly_touch(n_neighbor
     vector.reset(seed=7)
     state = vector.get_state()
     to_go = np.linalg.norm(state["goal_pos"] - state["agent_pos"], axis=-1).sum(-1)  # what coming near can pay
-    assert 0.95 < stats["r"].mean() / to_go.mean() <= 1.01
+    assert 0.94 < stats["r"].mean() / to_go.mean() < 1.0  # the last agent has arrived when it is within 0.1
 
 
 def test_the_rule_pushes_to_the_goal_and_away_to_the_left_of_what_is_near():
@@ -582,6 +582,6 @@ def test_the_rule_pushes_to_the_goal_and_away_to_the_left_of_what_is_near():
     start = {"agent_pos": [[[0.0, 0.0], [0.25, 0.0]]], "goal_pos": [[[0.0, 0.0], [0.25, 0.02]]]}
     observations, infos = vector.reset(seed=0, options=start | {"agent_vel": [[[0.0, 0.0], [0.0, 0.0]]]})
     ((first, second),) = envs.homing_policy(vector, push=0.1, aside=0.05)(observations, infos)
-    weight = (LIDAR_RANGE - 0.15) / LIDAR_RANGE  # the other's edge is 0.15 away
-    assert first[0] < -0.1 * weight and second[0] > 0.1 * weight and second[1] > 0.3  # neighbouring rays see it, too
-    assert first[1] < 0
+    weight = (LIDAR_RANGE - 0.15) / LIDAR_RANGE  # the other's edge is 0.15 away, on one ray of each
+    np.testing.assert_allclose(first, [-0.1 * weight, -0.05 * weight], atol=1e-6)
+    np.testing.assert_allclose(second, [0.1 * weight, 0.05 * weight + 16 * 0.02], atol=1e-6)
