@@ -15,8 +15,9 @@ it departs from CleanRL's ppo_continuous_action.py:
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
 4. Observations and rewards are neither normalised nor clipped; with team_reward the agents share rewards, at first.
-5. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
-6. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold whole rollouts.
+5. With guess_coef the policy also guesses what its agent does not see, which is known in training only.
+6. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
+7. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold whole rollouts.
 """
 
 import math
