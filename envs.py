@@ -2987,6 +2987,7 @@ ARGUMENT_RANGES = {
     "clip_coef": (1e-12, 1e12),
     "ent_coef": (0, 1e12),
     "vf_coef": (0, 1e12),
+    "guess_coef": (0, 1e12),
     "kl_coef": (1e-4, 1),
     "kl_coef_target": (1e-12, 1e12),
     "kl_adjust": (1, 1e12),

@@ -1185,6 +1185,7 @@ BAD_ARGUMENTS = {
     **dict.fromkeys(("gamma", "gae_lambda"), (-0.1, 1.1, math.nan)),
     **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm"), (0.0, -1.0, math.nan, math.inf)),
     **dict.fromkeys(("ent_coef", "vf_coef", "init_logstd"), (math.nan, math.inf)),
+    "guess_coef": (-0.1, math.nan),
     "target_kl": (-0.1, 0.0, math.nan),
     "seed": (-1, envs.VALIDATION_SEED, envs.TEST_SEED),
 }
