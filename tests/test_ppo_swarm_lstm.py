@@ -326,7 +326,7 @@ def test_a_policy_carries_its_state_and_starts_anew_exactly_where_an_episode_end
     neighbors, state = torch.zeros(*obs.shape[:-1], 0, dtype=torch.int64), torch.zeros(2, BATCH, N_AGENTS, HIDDEN)
     expected, _ = literal(agent.double(), "mean", obs, neighbors, state.double(), starts)
     low, high = agent.action_low, agent.action_high
-    expected = (high - low) / 2 * expected.tanh() + (high + low) / 2
+    expected = (high - low) / 2 * expected[..., :2].tanh() + (high + low) / 2  # behind the two is the guess
     np.testing.assert_allclose(np.stack(actions, axis=1), expected.detach(), atol=1e-5)
 
 
@@ -652,7 +652,7 @@ def test_a_run_killed_twice_ends_with_identical_weights_and_curves(killed, runs)
 # ----------------------------------------------------------------------------------------------------------------------
 
 UNSEEN = """
-import atexit
+import atexit, sys, torch
 targets, index_select = [], torch.Tensor.index_select
 
 def watching(self, dim, index):  # the first minibatch of an update begins with this
