@@ -28,6 +28,8 @@ def arena(n_agents, num_envs):
 SIZES = {
     "10 robots x 32 envs": arena(10, 32),
     "10 robots x 32 envs, no obstacles": arena(10, 32) | dict(n_obstacles=0),
+    "10 robots x 32 envs, 4 neighbours": arena(10, 32) | dict(n_neighbors=4),
+    "10 robots x 32 envs, 3x2 rooms": arena(10, 32) | dict(rooms="3x2"),
     "10 robots x 1,024 envs": arena(10, 1024),
     "20 robots": arena(20, 1),
     "20 robots x 50 envs": arena(20, 50),
