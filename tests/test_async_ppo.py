@@ -802,7 +802,7 @@ def test_actors_notice_the_learners_death_in_the_middle_of_a_long_fragment(nurse
 
 
 def test_signals_stop_an_asynchronous_run_and_the_same_command_goes_on_in_other_worlds(nursery, tmp_path):
-    args = SLOWED | dict(env_kwargs=dict(pause=0.001, note_seeds=True))
+    args = SLOWED | dict(env_kwargs=dict(pause=0.001, note_seeds=True), eval_env_kwargs=dict(note_seeds=False))
     for number, to_all in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         with started(nursery, tmp_path, args) as run:
             folder = run.wait_for("*/checkpoint.pt").parent

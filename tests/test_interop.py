@@ -333,7 +333,7 @@ def test_infos_have_the_same_names_and_kinds_in_every_step(env_id):
     env = envs.parallel_env(env_id, **SWARMS[env_id], max_steps=3)
     _, infos = env.reset(seed=0)
     kinds = {name: type(value) for name, value in infos["agent_0"].items()}
-    metrics = set(kinds) - {"neighbors"}
+    metrics = set(kinds) - {"neighbors", "unseen"}
     assert metrics and all(kinds[name] is float for name in metrics)
     assert not any(infos["agent_1"][name] for name in metrics)
     while env.agents:
