@@ -485,7 +485,7 @@ def _around(a, cells):
 def _sort_into_cells(points, cells, side, order, start):
     """Counting sort of points (n, 2 or more) by grid cell: cell c holds order[start[c] : start[c + 1]]."""
     start[:] = 0
-    if cells == 1:
+    if cells == 1:  # as with few agents: there is nothing to sort
         start[1] = points.shape[0]
         for i in range(points.shape[0]):
             order[i] = i
@@ -2791,7 +2791,7 @@ def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwa
     episode has ended; frames are pictures of the first environment, empty unless `record`. RuntimeError after
     LONGEST_EPISODE steps.
     """
-    num_workers = 0 if record or env_id in NATIVE_ENVS else None
+    num_workers = 0 if record or env_id in NATIVE_ENVS else None  # the rules ask native ones for their params
     envs = make_vec(env_id, num_episodes, num_workers, render_mode="rgb_array" if record else None, **env_kwargs)
     policy = make_policy(envs)
     observations, infos = envs.reset(seed=seed)
