@@ -109,11 +109,7 @@ class Args:
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
     def __post_init__(self):
-        check_args(self)
-        rows = self.num_steps * self.num_envs  # that minibatches are drawn from
-        if rows % self.num_minibatches or rows == self.num_minibatches:
-            allowed = f"it must divide {rows}, and leave two steps or more to a minibatch"
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: {allowed}")
+        check_args(self, rows=self.num_steps * self.num_envs)
         if self.num_envs % max(1, self.num_actors):
             raise ValueError(f"num_actors is {self.num_actors}: it must divide num_envs, {self.num_envs}")
         if self.num_actors and self.num_workers:
@@ -408,8 +404,7 @@ if __name__ == "__main__":
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        agent.load_state_dict(load(args.evaluate)["model"])
-        evaluate_model(args, agent.make_policy, args.eval_env_id, args.eval_env_kwargs)
+        evaluate_model(args, agent, args.eval_env_id, args.eval_env_kwargs)
         raise SystemExit
 
     steps_per_iteration = args.num_steps * args.num_envs * world_size
@@ -421,14 +416,11 @@ if __name__ == "__main__":
 
     total_steps = num_iterations * steps_per_iteration
     run = Run(args, agent.make_policy, total_steps, args.eval_env_id, args.eval_env_kwargs)
-    # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
-    torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
         with run.restoring():
             own = run.checkpoint["ranks"][rank]
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            torch.set_rng_state(own["rng"])
             novelty_sums[...] = own["novelty_sums"]
 
     # The actors; or, with none, what an actor has, in this process
@@ -587,7 +579,7 @@ if __name__ == "__main__":
         # Checkpoint: with actors put together after every iteration, because their deaths may end the run in the next
         due = run.checkpoint_due()
         if due or args.num_actors:
-            own = {"rng": torch.get_rng_state(), "novelty_sums": novelty_sums.cpu(), "envs": {}}
+            own = {"novelty_sums": novelty_sums.cpu(), "envs": {}}
             if not args.num_actors:
                 own["generator"] = generator.get_state()
                 own["envs"] = envs.get_state() if args.env_id in NATIVE_ENVS else {}

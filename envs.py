@@ -2997,8 +2997,11 @@ ARGUMENT_RANGES = {
 }
 
 
-def check_args(args):
-    """ValueError for an argument of a script outside its range; None, where that is a value, is inside."""
+def check_args(args, rows=None):
+    """ValueError for an argument of a script outside its range; None, where that is a value, is inside.
+
+    `rows`, if given, are what minibatches are drawn from, all alike in size, and of two steps or more.
+    """
     for name, (low, high) in ARGUMENT_RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
@@ -3008,6 +3011,11 @@ def check_args(args):
             raise ValueError(f"{name} is {value!r}, a text: as a truth value it must be True or False")
     if "n_agents" in args.env_kwargs and hasattr(args, "n_agents"):
         raise ValueError(f"env_kwargs is {args.env_kwargs}: n_agents must be given by itself, as --n-agents")
+    if rows:
+        steps = args.num_steps * args.num_envs * getattr(args, "n_agents", 1)
+        if rows % args.num_minibatches or steps == args.num_minibatches:
+            allowed = f"it must divide {rows}, and leave two steps or more to a minibatch"
+            raise ValueError(f"num_minibatches is {args.num_minibatches}: {allowed}")
 
 
 class _Output:
@@ -3184,14 +3192,16 @@ VALIDATION_SEED = 2**62  # evaluations during training; held out, because the se
 TEST_SEED = 2**62 + 1  # the closing comparison
 
 
-def evaluate_model(args, make_policy, env_id, env_kwargs):
+def evaluate_model(args, agent, env_id, env_kwargs):
     """What --evaluate does: compare a saved model's policy with the baselines, in a new folder beside the model."""
+    critic = {name: new for name, new in agent.state_dict().items() if name.startswith("critic")}
+    agent.load_state_dict(load(args.evaluate)["model"] | critic)  # a critic of each agent's own need not fit
     name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = _make_folder(Path(args.evaluate).parent / name)
-    policies = _policies(args.exp_name, make_policy)
+    policies = _policies(args.exp_name, agent.make_policy)
     scores, table = compare(policies, env_id, args.eval_episodes, TEST_SEED, folder, **env_kwargs)
     print(table)
-    _film_comparison(args.exp_name, make_policy, scores, env_id, env_kwargs, folder)
+    _film_comparison(args.exp_name, agent.make_policy, scores, env_id, env_kwargs, folder)
     print(f"In {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
@@ -3268,7 +3278,8 @@ class Run:
 
     It writes files and says when to stop. It never owns the loop, calls nothing of the algorithm but the policy that it
     evaluates, and touches no tensor that trains. make_policy(envs, greedy=True) makes a policy as `evaluate` takes it,
-    which is evaluated in `env_id` with `env_kwargs`. In a torchrun every process has a Run, and rank 0 writes.
+    which is evaluated in `env_id` with `env_kwargs`. In a torchrun every process has a Run, and rank 0 writes; each
+    gets draws of its own, because making a Run seeds torch.
 
         folder       where the run's files are
         checkpoint   None, or a dict: what was last given to `save`, also by the process that ran before this one
@@ -3312,12 +3323,20 @@ class Run:
         self.first_step = self.last_step = self.step
         self.start_time = time.time()
         self.evaluation_seconds = 0.0
+        # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed
+        torch.manual_seed((args.seed + self.rank * 0x9E3779B9) % 2**32)
 
     @contextlib.contextmanager
     def restoring(self):
-        """Around what puts a checkpoint back. One that does not fit is set aside: the same command then starts anew."""
+        """Around what puts a checkpoint back; after it torch's random numbers go on where they were.
+
+        A checkpoint that does not fit is set aside: the same command then starts anew.
+        """
+        import torch
+
         try:
             yield
+            torch.set_rng_state(self.checkpoint["ranks"][self.rank]["rng"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             path = self.folder / "checkpoint.pt"
             aside = self.folder / "checkpoint-unfit.pt"
@@ -3387,15 +3406,16 @@ class Run:
         self.stopping = bool(average(signals) > 0)  # in all processes or in none
         return self._is_due("checkpoint_every") or self.stopping
 
-    def save(self, state, own):
+    def save(self, state, own=None):
         """Write a checkpoint: `state`, a dict of what all processes have in common, and `own` of what each has alone.
 
-        Found again as `run.checkpoint`, which has the items of `state`, and the `own` of all as the list "ranks".
+        Found again as `run.checkpoint`, which has the items of `state`, and as the list "ranks" the `own` of each
+        process, with the state of torch's random numbers beside it.
         """
         self.keep(state, own)
         self.write_checkpoint()
 
-    def keep(self, state, own):
+    def keep(self, state, own=None):
         """Put a checkpoint together without writing it."""
         import torch
         import torch.distributed as dist
@@ -3403,7 +3423,7 @@ class Run:
         for name, weights in state["model"].items():
             if not torch.isfinite(weights).all():
                 self._check_finite(f"a weight of {name}", math.nan)
-        own = _without_numpy(own)
+        own = _without_numpy({"rng": torch.get_rng_state(), **(own or {})})
         ranks = [own] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(ranks, own)

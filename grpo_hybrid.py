@@ -203,7 +203,7 @@ def approx_kl(logratio):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    rank, world_size, device = setup(args)
+    _, world_size, device = setup(args)
 
     # Environments first: workers have to be forked before torch starts threads
     num_envs = args.num_groups * args.group_size
@@ -217,8 +217,7 @@ if __name__ == "__main__":
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        agent.load_state_dict(load(args.evaluate)["model"])
-        evaluate_model(args, agent.make_policy, args.eval_env_id, args.eval_env_kwargs)
+        evaluate_model(args, agent, args.eval_env_id, args.eval_env_kwargs)
         raise SystemExit
     reference = copy.deepcopy(agent)
     kl_coef = args.kl_coef
@@ -232,8 +231,6 @@ if __name__ == "__main__":
 
     run = Run(args, agent.make_policy, args.total_timesteps, args.eval_env_id, args.eval_env_kwargs)
     iteration = 0
-    # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
-    torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
         with run.restoring():
             iteration = run.checkpoint["iteration"]
@@ -241,7 +238,6 @@ if __name__ == "__main__":
             agent.load_state_dict(run.checkpoint["model"])
             reference.load_state_dict(run.checkpoint["reference"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            torch.set_rng_state(run.checkpoint["ranks"][rank]["rng"])
 
     while run.step < args.total_timesteps:  # it counts the steps of the episodes, of all processes
         if args.anneal_lr:
@@ -351,7 +347,7 @@ if __name__ == "__main__":
         if run.checkpoint_due():
             state = {"iteration": iteration, "kl_coef": kl_coef, "reference": reference.state_dict()}
             state |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save(state, {"rng": torch.get_rng_state()})
+            run.save(state)
         if run.stopping:
             break
 

@@ -85,15 +85,11 @@ class Args:
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
     def __post_init__(self):
-        check_args(self)
+        check_args(self, rows=self.num_steps * self.num_envs)
         if self.episode_steps is None and self.env_id == "Swarm":
             self.episode_steps = 60  # the hard part is how an episode begins, and of that short ones have more
         if self.team_reward is None:
             self.team_reward = 1.0 if self.env_id == "Swarm" else 0.0  # with 0, some swarms settle wide apart
-        rows = self.num_steps * self.num_envs  # that minibatches are drawn from
-        if rows % self.num_minibatches or self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:
-            allowed = f"it must divide {rows}, and leave two agent-steps or more to a minibatch"
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: {allowed}")
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -287,9 +283,7 @@ if __name__ == "__main__":
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        critic = {name: new for name, new in agent.state_dict().items() if name.startswith("critic")}
-        agent.load_state_dict(load(args.evaluate)["model"] | critic)  # a critic of each agent's own need not fit
-        evaluate_model(args, agent.make_policy, args.env_id, env_kwargs)
+        evaluate_model(args, agent, args.env_id, env_kwargs)
         raise SystemExit
 
     steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
@@ -308,14 +302,11 @@ if __name__ == "__main__":
     unseen = torch.zeros((*shape, envs.unseen_dim), device=device)
 
     run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
-    # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
-    torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
         with run.restoring():
             own = run.checkpoint["ranks"][rank]
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            torch.set_rng_state(own["rng"])
             observations, infos = envs.set_state(own["envs"])
             next_obs, next_neighbors = to_tensors(observations, infos, device)
 
@@ -428,7 +419,7 @@ if __name__ == "__main__":
 
         # Checkpoint
         if run.checkpoint_due():
-            own = {"rng": torch.get_rng_state(), "envs": envs.get_state()}  # of this process alone
+            own = {"envs": envs.get_state()}  # of this process alone
             run.save({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)
         if run.stopping:
             break

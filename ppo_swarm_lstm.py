@@ -88,15 +88,11 @@ class Args:
     target_kl: float | None = None  # end an update when the approximate KL divergence exceeds this
 
     def __post_init__(self):
-        check_args(self)
+        check_args(self, rows=self.num_envs)
         if self.episode_steps is None and self.env_id == "Swarm":
             self.episode_steps = 60  # the hard part is how an episode begins, and of that short ones have more
         if self.team_reward is None:
             self.team_reward = 1.0 if self.env_id == "Swarm" else 0.0  # with 0, some swarms settle wide apart
-        rows = self.num_envs  # that minibatches are drawn from
-        if rows % self.num_minibatches or self.num_steps * self.num_envs * self.n_agents == self.num_minibatches:
-            allowed = f"it must divide {rows}, and leave two agent-steps or more to a minibatch"
-            raise ValueError(f"num_minibatches is {self.num_minibatches}: {allowed}")
 
 
 # -------------------- Network -----------------------------------------------------------------------------------------
@@ -170,10 +166,10 @@ class RecurrentTrunk(Trunk):
 
     def __init__(self, args, obs_dim, n_agents):
         super().__init__(args, obs_dim, n_agents)
-        lstms = [nn.LSTM(args.hidden_dim, args.hidden_dim, batch_first=True) for _ in range(n_agents or 1)]
-        self.lstms = nn.ModuleList(lstms)
+        hidden = args.hidden_dim
+        self.lstms = nn.ModuleList(nn.LSTM(hidden, hidden, batch_first=True) for _ in range(n_agents or 1))
         for name, parameter in self.lstms.named_parameters():
-            nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.zeros_(parameter)
+            nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
 
     def forward(self, obs, neighbors, state, starts):
         x = super().forward(obs.flatten(0, -3), neighbors.flatten(0, -3)).unflatten(0, (len(obs), -1))
@@ -329,9 +325,7 @@ if __name__ == "__main__":
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
     if args.evaluate:
-        critic = {name: new for name, new in agent.state_dict().items() if name.startswith("critic")}
-        agent.load_state_dict(load(args.evaluate)["model"] | critic)  # a critic of each agent's own need not fit
-        evaluate_model(args, agent.make_policy, args.env_id, env_kwargs)
+        evaluate_model(args, agent, args.env_id, env_kwargs)
         raise SystemExit
 
     steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
@@ -351,14 +345,11 @@ if __name__ == "__main__":
     memory = torch.zeros((2, 2, *shape[1:], args.hidden_dim), device=device)  # of actor and critic, each (h, c)
 
     run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
-    # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed.
-    torch.manual_seed((args.seed + rank * 0x9E3779B9) % 2**32)
     if run.checkpoint:
         with run.restoring():
             own = run.checkpoint["ranks"][rank]
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            torch.set_rng_state(own["rng"])
             observations, infos = envs.set_state(own["envs"])
             next_obs, next_neighbors = to_tensors(observations, infos, device)
             memory[:] = own["memory"]
@@ -370,7 +361,7 @@ if __name__ == "__main__":
 
         # Rollout
         rollout_start = time.time()
-        first_memory = memory * (1 - dones[-1, ..., None])  # zero where the last step ended an episode
+        first_memory = memory.clone()
         for step in range(args.num_steps):
             obs[step] = next_obs
             neighbors[step] = next_neighbors
@@ -400,6 +391,7 @@ if __name__ == "__main__":
         # Advantages
         with torch.no_grad():
             last_value, _ = agent.get_value(next_obs, next_neighbors, memory[1], dones[-1])
+            memory *= 1 - dones[-1, ..., None]  # zero where the last step ended an episode
         advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
@@ -474,8 +466,7 @@ if __name__ == "__main__":
 
         # Checkpoint
         if run.checkpoint_due():
-            own = {"rng": torch.get_rng_state(), "envs": envs.get_state()}  # of this process alone
-            own["memory"] = (memory * (1 - dones[-1, ..., None])).cpu()
+            own = {"envs": envs.get_state(), "memory": memory.cpu()}  # of this process alone
             run.save({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)
         if run.stopping:
             break

@@ -1205,7 +1205,7 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused():
 
 
 def test_minibatches_of_one_advantage_which_has_no_deviation_are_refused():
-    with pytest.raises(ValueError, match="num_minibatches is 384: .* two agent-steps or more to a minibatch"):
+    with pytest.raises(ValueError, match="num_minibatches is 384: .* two steps or more to a minibatch"):
         Args(num_envs=12, num_steps=32, num_minibatches=384, n_agents=1)
     Args(num_envs=12, num_steps=32, num_minibatches=384, n_agents=2)
 
