@@ -52,8 +52,8 @@ from envs import (
     evaluate_model,
     flatten,
     load,
+    make_all,
     make_seed,
-    make_vec,
     parse_args,
     setup,
     shared_array,
@@ -77,6 +77,8 @@ class Args:
 
     env_id: str = "CartPole-v1"  # any environment with vector observations, of envs.py or of Gymnasium
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training; a,b is one, then b
+    stage_returns: str | None = None  # held-out returns at which to go on to b, c, ...; None: equal shares of all steps
     eval_env_id: str | None = None  # the environment that policies are evaluated in, None is the one they train in
     eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_envs: int = 32  # environments of all actors together, in each process of a torchrun
@@ -374,16 +376,22 @@ def collect(agent, envs, observations, generator, fragment):
     return observations
 
 
-def act(args, seeds, actor, starts, todo, published):
-    """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version."""
-    with contextlib.closing(make_vec(args.env_id, args.num_envs // args.num_actors, 0, **args.env_kwargs)) as envs:
-        agent = Agent(args, envs)
+def act(args, seeds, stage, actor, starts, todo, published):
+    """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version.
+
+    stage () is an array in shared memory.
+    """
+    with contextlib.closing(make_all(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
+        agent = Agent(args, stages[0])
         weights = flatten(agent)
         seed = make_seed(*seeds, actor, starts)
         generator = torch.Generator().manual_seed(seed)
-        observations, _ = envs.reset(seed=seed)
+        envs = None
         for fragment in todo:
             version = published.read(weights.numpy())
+            if envs is not stages[int(stage)]:
+                envs = stages[int(stage)]
+                observations, _ = envs.reset(seed=seed)
             observations = collect(agent, envs, observations, generator, fragment)
             yield version
 
@@ -394,7 +402,8 @@ if __name__ == "__main__":
 
     # Environments first: workers have to be forked before torch starts threads. With actors, these show only the spaces
     num_workers = 0 if args.num_actors else args.num_workers
-    envs = make_vec(args.env_id, args.num_envs // max(1, args.num_actors), num_workers, **args.env_kwargs)
+    stages = make_all(args, args.num_envs // max(1, args.num_actors), num_workers, args.env_kwargs)
+    envs = stages[0]
     check_spaces(args, envs)
 
     torch.manual_seed(args.seed)
@@ -418,10 +427,9 @@ if __name__ == "__main__":
     run = Run(args, agent.make_policy, total_steps, args.eval_env_id, args.eval_env_kwargs)
     if run.checkpoint:
         with run.restoring():
-            own = run.checkpoint["ranks"][rank]
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            novelty_sums[...] = own["novelty_sums"]
+            novelty_sums[...] = run.own["novelty_sums"]
 
     # The actors; or, with none, what an actor has, in this process
     seeds = (args.seed, rank, run.step)
@@ -429,17 +437,20 @@ if __name__ == "__main__":
         torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - args.num_actors)))
         compile_kernels(envs)  # once, here, and not in every actor
         fragments = partial(make_fragment, envs, args.num_steps)
-        actors = StreamPool(partial(act, args, seeds), args.num_actors, fragments, args.max_lag)
+        stage = shared_array((), np.int64)
+        stage[...] = run.stage
+        actors = StreamPool(partial(act, args, seeds, stage), args.num_actors, fragments, args.max_lag)
         actors.start(weights.numpy(force=True), run.step // steps_per_iteration)
     else:
         seed = make_seed(*seeds, 0, 0)
         generator = torch.Generator().manual_seed(seed)
         fragment = make_fragment(envs, args.num_steps)
         observations, _ = envs.reset(seed=seed)
-        if run.checkpoint and own["envs"]:
+        if run.checkpoint and run.own["envs"]:
             with run.restoring():
-                generator.set_state(own["generator"])
-                observations, _ = envs.set_state(own["envs"])
+                generator.set_state(run.own["generator"])
+                envs = stages[run.stage]
+                observations, _ = envs.set_state(run.own["envs"])
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         if args.anneal_lr:
@@ -576,6 +587,14 @@ if __name__ == "__main__":
         run.log(iteration * steps_per_iteration, scalars)
         run.evaluate(agent.state_dict())
 
+        # The next stage, with episodes of its own
+        if envs is not stages[run.stage]:
+            envs = stages[run.stage]
+            if args.num_actors:
+                stage[...] = run.stage
+            else:
+                observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
+
         # Checkpoint: with actors put together after every iteration, because their deaths may end the run in the next
         due = run.checkpoint_due()
         if due or args.num_actors:
@@ -589,7 +608,7 @@ if __name__ == "__main__":
         if run.stopping:
             break
 
-    envs.close()
+    stages.close()
     if args.num_actors:
         actors.close()
     run.finish(agent)

@@ -2961,7 +2961,6 @@ ARGUMENT_RANGES = {
     "eval_every": (1, 2**62),
     "eval_episodes": (1, LARGEST_SIZE),
     "checkpoint_every": (1, 2**62),
-    "episode_steps": (1, LARGEST_SIZE),
     "num_envs": (1, LARGEST_SIZE),
     "num_groups": (1, LARGEST_SIZE),
     "group_size": (2, LARGEST_SIZE),
@@ -3006,16 +3005,76 @@ def check_args(args, rows=None):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}: it must be from {low} to {high}")
-    for name, value in [*args.env_kwargs.items(), *getattr(args, "eval_env_kwargs", {}).items()]:
+    stages = split_stages(args.env_kwargs, args.train_kwargs)
+    for name, value in [item for kwargs in (*stages, getattr(args, "eval_env_kwargs", {})) for item in kwargs.items()]:
         if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, and so true in any case
             raise ValueError(f"{name} is {value!r}, a text: as a truth value it must be True or False")
-    if "n_agents" in args.env_kwargs and hasattr(args, "n_agents"):
-        raise ValueError(f"env_kwargs is {args.env_kwargs}: n_agents must be given by itself, as --n-agents")
+    for name in ("env_kwargs", "train_kwargs"):
+        if "n_agents" in getattr(args, name) and hasattr(args, "n_agents"):
+            given = f"{name} is {getattr(args, name)}"
+            raise ValueError(f"{given}: n_agents must be given by itself, as --n-agents, and stays as it is")
+    if args.stage_returns is not None and len(_stage_returns(args.stage_returns)) != len(stages) - 1:
+        wanted = f"{len(stages)} stages, and so it must be {len(stages) - 1} numbers, as in 5,12"
+        raise ValueError(f"stage_returns is {args.stage_returns!r}: train_kwargs has {wanted}")
     if rows:
         steps = args.num_steps * args.num_envs * getattr(args, "n_agents", 1)
         if rows % args.num_minibatches or steps == args.num_minibatches:
             allowed = f"it must divide {rows}, and leave two steps or more to a minibatch"
             raise ValueError(f"num_minibatches is {args.num_minibatches}: {allowed}")
+
+
+def split_stages(env_kwargs, train_kwargs):
+    """The environments' arguments in training, a dict for each stage: `env_kwargs`, but for `train_kwargs`.
+
+    Among the latter a text such as "200,60,25" is the values in one stage after the other.
+    """
+    values = {}
+    for name, value in train_kwargs.items():
+        several = isinstance(value, str) and "," in value
+        values[name] = [_value(text) for text in value.split(",")] if several else [value]
+    count = max((len(own) for own in values.values()), default=1)
+    for name, own in values.items():
+        if len(own) not in (1, count):
+            raise ValueError(f"train_kwargs is {train_kwargs}: {name} must have {count} values, as others have, or one")
+    return [env_kwargs | {name: own[stage % len(own)] for name, own in values.items()} for stage in range(count)]
+
+
+def _value(text):
+    """What a word of the command line is: an integer, a number, a truth value or a text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"True": True, "False": False}.get(text, text)
+
+
+def _stage_returns(text):
+    """[float] of "5,12"; [] of what is not numbers."""
+    with contextlib.suppress(ValueError):
+        return [float(word) for word in text.split(",")]
+    return []
+
+
+class Stages(list):
+    """Vectors of environments, one for each stage of training."""
+
+    def close(self):
+        for envs in self:
+            envs.close()
+
+
+def make_all(args, num_envs, num_workers, env_kwargs):
+    """The vectors of environments to train in, one for each stage of args.train_kwargs; all have the same spaces."""
+    kwargs = split_stages(env_kwargs, args.train_kwargs)
+    stages = Stages(make_vec(args.env_id, num_envs, num_workers, **own) for own in kwargs)
+    for own, envs in zip(kwargs, stages, strict=True):
+        same_observations = envs.single_observation_space == stages[0].single_observation_space
+        if not same_observations or envs.single_action_space != stages[0].single_action_space:
+            stages.close()
+            given = f"train_kwargs is {args.train_kwargs}"
+            raise ValueError(
+                f"{given}: observations and actions must have the spaces of the first stage, also with {own}"
+            )
+    return stages
 
 
 class _Output:
@@ -3283,7 +3342,10 @@ class Run:
 
         folder       where the run's files are
         checkpoint   None, or a dict: what was last given to `save`, also by the process that ran before this one
+        own          likewise, of this process alone
         step         environment steps up to now; of swarms, here and everywhere, agent-steps
+        stage        which of `make_all` to train in: the next one when its share of the steps begins, or after an
+                     evaluation that args.stage_returns waits for
         stopping     whether a SIGINT or SIGTERM came, to any of the processes
     """
 
@@ -3316,6 +3378,8 @@ class Run:
             dist.broadcast_object_list(opened)
         self.folder, self.checkpoint = opened
         self.step = self.checkpoint["step"] if self.checkpoint else 0
+        self.stage = self.checkpoint["stage"] if self.checkpoint else 0
+        self.stages = split_stages({}, args.train_kwargs)
         if self.rank == 0:
             best = self._best_model()
             self.best_score = best.get("score", -math.inf) if best else -math.inf
@@ -3325,6 +3389,10 @@ class Run:
         self.evaluation_seconds = 0.0
         # The ranks begin with the same weights and go on with draws of their own; torch reads only 32 bits of a seed
         torch.manual_seed((args.seed + self.rank * 0x9E3779B9) % 2**32)
+
+    @property
+    def own(self):
+        return self.checkpoint["ranks"][self.rank]
 
     @contextlib.contextmanager
     def restoring(self):
@@ -3336,7 +3404,7 @@ class Run:
 
         try:
             yield
-            torch.set_rng_state(self.checkpoint["ranks"][self.rank]["rng"])
+            torch.set_rng_state(self.own["rng"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             path = self.folder / "checkpoint.pt"
             aside = self.folder / "checkpoint-unfit.pt"
@@ -3358,6 +3426,10 @@ class Run:
         means = {tags.get(name, f"episode/{name}"): np.mean(values) for name, values in self.episodes.items() if values}
         self.episodes = {}
         scalars = {tag: float(value) for tag, value in (means | scalars).items()}
+        if len(self.stages) > 1:
+            scalars["charts/stage"] = self.stage + 1
+        if self.args["stage_returns"] is None:
+            self._go_on_to(min(len(self.stages) * step // self.total_steps, len(self.stages) - 1))
         for tag in ("charts/episodic_return", *(f"losses/{name}" for name in FINITE)):
             self._check_finite(tag, scalars.get(tag, 0.0))
         if self.rank > 0:
@@ -3375,8 +3447,19 @@ class Run:
 
         Its weights, `model`, are kept if it is, without noise, the best so far.
         """
-        if self.rank > 0 or not self._is_due("eval_every"):
+        import torch.distributed as dist
+
+        if not self._is_due("eval_every"):
             return
+        score = [self._evaluate(model) if self.rank == 0 else None]
+        if self.args["stage_returns"] is not None:
+            if self.world_size > 1:
+                dist.broadcast_object_list(score)
+            returns = _stage_returns(self.args["stage_returns"])
+            if self.stage < len(returns) and score[0] >= returns[self.stage]:
+                self._go_on_to(self.stage + 1)
+
+    def _evaluate(self, model):
         start_time = time.time()
         episodes = self.args["eval_episodes"]
         stats, _, _ = evaluate(self.make_policy, self.env_id, episodes, VALIDATION_SEED, **self.env_kwargs)
@@ -3397,6 +3480,13 @@ class Run:
         text += f", with noise {sampled['r'].mean():.2f}"
         self.evaluation_seconds += time.time() - start_time
         self.progress.write(f"step {self.step:,}: held-out {text}{', the best so far' if best else ''}")
+        return score
+
+    def _go_on_to(self, stage):
+        if stage != self.stage and self.rank == 0:
+            values = ", ".join(f"{name} {value}" for name, value in self.stages[stage].items())
+            self.progress.write(f"step {self.step:,}: stage {stage + 1} of {len(self.stages)}, {values}")
+        self.stage = stage
 
     def checkpoint_due(self):
         """Whether it is time to `save`: now and then, at the end, and when a signal came."""
@@ -3409,8 +3499,8 @@ class Run:
     def save(self, state, own=None):
         """Write a checkpoint: `state`, a dict of what all processes have in common, and `own` of what each has alone.
 
-        Found again as `run.checkpoint`, which has the items of `state`, and as the list "ranks" the `own` of each
-        process, with the state of torch's random numbers beside it.
+        Found again as `run.checkpoint`, which has the items of `state`, and as `run.own`, with the state of torch's
+        random numbers beside it.
         """
         self.keep(state, own)
         self.write_checkpoint()
@@ -3427,7 +3517,7 @@ class Run:
         ranks = [own] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(ranks, own)
-        self.checkpoint = state | {"args": self.args, "step": self.step, "ranks": ranks}
+        self.checkpoint = state | {"args": self.args, "step": self.step, "stage": self.stage, "ranks": ranks}
 
     def write_checkpoint(self):
         if self.rank == 0 and self.checkpoint:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from envs import Run, average, check_args, check_spaces, evaluate_model, flatten, load, make_vec, parse_args, setup
+from envs import Run, average, check_args, check_spaces, evaluate_model, flatten, load, make_all, parse_args, setup
 
 
 @dataclass
@@ -51,6 +51,8 @@ class Args:
 
     env_id: str = "DenseLunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training; a,b is one, then b
+    stage_returns: str | None = None  # held-out returns at which to go on to b, c, ...; None: equal shares of all steps
     eval_env_id: str | None = None  # what policies are evaluated in, None is LunarLander for its variants, else env_id
     eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_groups: int = 1  # groups in an iteration, in each process of a torchrun
@@ -201,7 +203,8 @@ if __name__ == "__main__":
 
     # Environments first: workers have to be forked before torch starts threads
     num_envs = args.num_groups * args.group_size
-    envs = make_vec(args.env_id, num_envs, args.num_workers, **args.env_kwargs)
+    stages = make_all(args, num_envs, args.num_workers, args.env_kwargs)
+    envs = stages[0]
     check_spaces(args, envs, discrete_only=True)
 
     torch.manual_seed(args.seed)
@@ -242,6 +245,7 @@ if __name__ == "__main__":
 
         # Rollout: from a seed of its own, so that a checkpoint need not hold the environments' state
         rollout_start = time.time()
+        envs = stages[run.stage]
         seed = int(torch.randint(2**62, ()))
         observations, _ = envs.reset(seed=seed, options={"identical": args.group_size if args.identical_g else 1})
         running = np.ones(num_envs, bool)  # (num_envs,), whose episode still goes on
@@ -344,5 +348,5 @@ if __name__ == "__main__":
         if run.stopping:
             break
 
-    envs.close()
+    stages.close()
     run.finish(agent)

@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import NEIGHBOR_FEATURES, Run, average, check_args, evaluate_model, flatten, load, make_vec, parse_args, setup
+from envs import NEIGHBOR_FEATURES, Run, average, check_args, evaluate_model, flatten, load, make_all, parse_args, setup
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Args:
     env_id: str = "LidarNavigation"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
-    episode_steps: int | None = None  # steps of a training episode; None: 60 in Swarm, else as many as in evaluation
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training; a,b is one, then b
+    stage_returns: str | None = None  # held-out returns at which to go on to b, c, ...; None: equal shares of all steps
     num_envs: int = 64  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
@@ -89,8 +90,8 @@ class Args:
 
     def __post_init__(self):
         check_args(self, rows=self.num_envs)
-        if self.episode_steps is None and self.env_id == "Swarm":
-            self.episode_steps = 60  # the hard part is how an episode begins, and of that short ones have more
+        if self.env_id == "Swarm" and "max_steps" not in self.env_kwargs:  # the hard part is how an episode begins
+            self.train_kwargs = {"max_steps": 60} | self.train_kwargs  # and of that, short ones have more
         if self.team_reward is None:
             self.team_reward = 1.0 if self.env_id == "Swarm" else 0.0  # with 0, some swarms settle wide apart
 
@@ -310,10 +311,11 @@ if __name__ == "__main__":
 
     # Environments first: workers have to be forked before torch starts threads
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
-    limit = {} if args.episode_steps is None else {"max_steps": args.episode_steps}
-    envs = make_vec(args.env_id, args.num_envs, args.num_workers, **limit | env_kwargs)
+    stages = make_all(args, args.num_envs, args.num_workers, env_kwargs)
+    envs = stages[0]
     # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
-    observations, infos = envs.reset(seed=args.seed + (rank << 32), options={"stagger": True})
+    seed = args.seed + (rank << 32)
+    observations, infos = envs.reset(seed=seed, options={"stagger": True})
     next_obs, next_neighbors = to_tensors(observations, infos, device)
     if args.policy != "mlp" and not next_neighbors.shape[-1]:
         raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")
@@ -347,17 +349,18 @@ if __name__ == "__main__":
     run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
     if run.checkpoint:
         with run.restoring():
-            own = run.checkpoint["ranks"][rank]
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            observations, infos = envs.set_state(own["envs"])
+            envs = stages[run.stage]
+            observations, infos = envs.set_state(run.own["envs"])
             next_obs, next_neighbors = to_tensors(observations, infos, device)
-            memory[:] = own["memory"]
+            memory[:] = run.own["memory"]
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
+        remaining = 1 - (iteration - 1) / num_iterations  # share of the training
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
-        team_share = args.team_reward * (1 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+        team_share = args.team_reward * remaining
 
         # Rollout
         rollout_start = time.time()
@@ -464,6 +467,13 @@ if __name__ == "__main__":
         run.log(iteration * steps_per_iteration, scalars)
         run.evaluate(agent.state_dict())
 
+        # The next stage, with episodes of its own
+        if envs is not stages[run.stage]:
+            envs = stages[run.stage]
+            observations, infos = envs.reset(seed=seed, options={"stagger": True})
+            next_obs, next_neighbors = to_tensors(observations, infos, device)
+            memory.zero_()
+
         # Checkpoint
         if run.checkpoint_due():
             own = {"envs": envs.get_state(), "memory": memory.cpu()}  # of this process alone
@@ -471,5 +481,5 @@ if __name__ == "__main__":
         if run.stopping:
             break
 
-    envs.close()
+    stages.close()
     run.finish(agent)

@@ -689,8 +689,8 @@ def test_every_evaluation_prints_its_means_and_says_which_was_the_best_so_far(fi
 
 
 def test_training_cuts_episodes_off_earlier_than_evaluation_unless_max_steps_is_given(nursery, tmp_path):
-    jobs = {"default": {}, "given": dict(max_steps=20)}  # env_kwargs
-    jobs = [(tmp_path / name, BRIEF | dict(episode_steps=10, env_kwargs=jobs[name])) for name in jobs]
+    jobs = {"train": dict(env_kwargs={}, train_kwargs=dict(max_steps=10)), "both": dict(env_kwargs=dict(max_steps=20))}
+    jobs = [(tmp_path / name, BRIEF | args) for name, args in jobs.items()]
     for run, training, evaluation in zip(nursery.run(*jobs), (10, 20), (250, 20), strict=True):
         assert run.code == 0, run.output
         read = curves(run.folder)
