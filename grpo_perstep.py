@@ -51,8 +51,8 @@ class Args:
 
     env_id: str = "DenseLunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
-    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training; a,b is one, then b
-    stage_returns: str | None = None  # held-out returns at which to go on to b, c, ...; None: equal shares of all steps
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5,1: stages
+    stage_returns: str | None = None  # held-out returns that end the stages but the last: 5,12; None: equal shares
     eval_env_id: str | None = None  # what policies are evaluated in, None is LunarLander for its variants, else env_id
     eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_groups: int = 1  # groups in an iteration, in each process of a torchrun

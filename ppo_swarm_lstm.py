@@ -56,8 +56,8 @@ class Args:
     env_id: str = "LidarNavigation"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
-    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training; a,b is one, then b
-    stage_returns: str | None = None  # held-out returns at which to go on to b, c, ...; None: equal shares of all steps
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5,1: stages
+    stage_returns: str | None = None  # held-out returns that end the stages but the last: 5,12; None: equal shares
     num_envs: int = 64  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
