@@ -5,7 +5,7 @@
 
 The second one shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision
 costs 0.3. There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same
-without that guess, and the network without memory.
+without that guess, a curriculum in its place, with goals that hide ever sooner, and the network without memory.
 
 Trains two runs side by side with one torch thread each, and prints what the best policy of each run does in 400
 held-out episodes, mean over seeds with its 95% bootstrap interval, beside the baselines. Minutes are wall time of the
@@ -33,6 +33,7 @@ MEMORY = (
 SHOWN = {"mlp": ("ppo_swarm", MLP), "lstm": ("ppo_swarm_lstm", "")}
 HIDDEN = {
     "lstm, guessing": ("ppo_swarm_lstm", f"{MEMORY} --guess-coef 1.5"),
+    "lstm, in stages": ("ppo_swarm_lstm", f"{MEMORY} --train-kwargs goal_visible_steps 200,60,25"),
     "lstm": ("ppo_swarm_lstm", MEMORY),
     "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 6000000"),
 }
@@ -51,7 +52,7 @@ METRICS = {
 class Options:
     folder: Path = Path("runs/lidar_learning")  # where the runs go
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    networks: tuple[str, ...] = ("mlp", "lstm", "lstm, guessing")  # those that there are
+    networks: tuple[str, ...] = ("mlp", "lstm", "lstm, in stages", "lstm, guessing")  # those that there are
     hide: bool = False  # a goal that hides, instead
 
 
