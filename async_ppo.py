@@ -379,7 +379,7 @@ def collect(agent, envs, observations, generator, fragment):
 def act(args, seeds, stage, actor, starts, todo, published):
     """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version.
 
-    stage () is an array in shared memory.
+    stage () is in shared memory, and says in which stage's environments to act.
     """
     with contextlib.closing(make_all(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
         agent = Agent(args, stages[0])

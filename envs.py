@@ -3726,7 +3726,7 @@ def open_run(args, world_size):
     for path in sorted(Path("runs").glob(f"{glob.escape(name)}*/checkpoint.pt")):
         try:
             checkpoint = load(path)
-            missing = {"ranks", "step"} - set(checkpoint)
+            missing = {"ranks", "stage", "step"} - set(checkpoint)
             if missing:
                 raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
         except (FileNotFoundError, ValueError) as error:

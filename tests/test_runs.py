@@ -435,7 +435,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
         envs.load(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("missing", ["ranks", "model", "step"])
+@pytest.mark.parametrize("missing", ["ranks", "model", "stage", "step"])
 def test_a_checkpoint_without_an_entry_is_said_and_left(missing, capsys):
     folder = stopped(Args(), Straight())
     checkpoint = envs.load(folder / "checkpoint.pt")
