@@ -389,9 +389,10 @@ def act(args, seeds, stage, actor, starts, todo, published):
         envs = None
         for fragment in todo:
             version = published.read(weights.numpy())
-            if envs is not stages[int(stage)]:
-                envs = stages[int(stage)]
-                observations, _ = envs.reset(seed=seed)
+            number = int(stage)
+            if envs is not stages[number]:
+                envs = stages[number]
+                observations, _ = envs.reset(seed=seed + number)
             observations = collect(agent, envs, observations, generator, fragment)
             yield version
 
@@ -445,11 +446,11 @@ if __name__ == "__main__":
         seed = make_seed(*seeds, 0, 0)
         generator = torch.Generator().manual_seed(seed)
         fragment = make_fragment(envs, args.num_steps)
+        envs = stages[run.stage]
         observations, _ = envs.reset(seed=seed)
         if run.checkpoint and run.own["envs"]:
             with run.restoring():
                 generator.set_state(run.own["generator"])
-                envs = stages[run.stage]
                 observations, _ = envs.set_state(run.own["envs"])
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):

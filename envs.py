@@ -3006,16 +3006,20 @@ def check_args(args, rows=None):
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}: it must be from {low} to {high}")
     stages = split_stages(args.env_kwargs, args.train_kwargs)
-    for name, value in [item for kwargs in (*stages, getattr(args, "eval_env_kwargs", {})) for item in kwargs.items()]:
-        if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, and so true in any case
-            raise ValueError(f"{name} is {value!r}, a text: as a truth value it must be True or False")
+    for kwargs in (args.env_kwargs, *stages, getattr(args, "eval_env_kwargs", {})):
+        for name, value in kwargs.items():
+            if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, and so true in any case
+                raise ValueError(f"{name} is {value!r}, a text: as a truth value it must be True or False")
     for name in ("env_kwargs", "train_kwargs"):
         if "n_agents" in getattr(args, name) and hasattr(args, "n_agents"):
             given = f"{name} is {getattr(args, name)}"
             raise ValueError(f"{given}: n_agents must be given by itself, as --n-agents, and stays as it is")
-    if args.stage_returns is not None and len(_stage_returns(args.stage_returns)) != len(stages) - 1:
-        wanted = f"{len(stages)} stages, and so it must be {len(stages) - 1} numbers, as in 5,12"
-        raise ValueError(f"stage_returns is {args.stage_returns!r}: train_kwargs has {wanted}")
+    if args.stage_returns is not None:
+        ends = len(stages) - 1  # of stages: the last one has none
+        if ends == 0 or len(_stage_returns(args.stage_returns)) != ends:
+            wanted = f"{ends} numbers, as in 5,12" if ends else "left out"
+            given = f"stage_returns is {args.stage_returns!r}"
+            raise ValueError(f"{given}: with {ends + 1} stages in train_kwargs it must be {wanted}")
     if rows:
         steps = args.num_steps * args.num_envs * getattr(args, "n_agents", 1)
         if rows % args.num_minibatches or steps == args.num_minibatches:
@@ -3030,8 +3034,12 @@ def split_stages(env_kwargs, train_kwargs):
     """
     values = {}
     for name, value in train_kwargs.items():
-        several = isinstance(value, str) and "," in value
-        values[name] = [_value(text) for text in value.split(",")] if several else [value]
+        values[name] = [value]
+        if isinstance(value, str) and "," in value:
+            words = [word.strip() for word in value.split(",")]
+            if "" in words:
+                raise ValueError(f"train_kwargs is {train_kwargs}: {name} must have a value beside every comma")
+            values[name] = [_value(word) for word in words]
     count = max((len(own) for own in values.values()), default=1)
     for name, own in values.items():
         if len(own) not in (1, count):
@@ -3050,7 +3058,8 @@ def _value(text):
 def _stage_returns(text):
     """[float] of "5,12"; [] of what is not numbers."""
     with contextlib.suppress(ValueError):
-        return [float(word) for word in text.split(",")]
+        returns = [float(word) for word in text.split(",")]
+        return [] if any(math.isnan(value) for value in returns) else returns
     return []
 
 
@@ -3058,22 +3067,27 @@ class Stages(list):
     """Vectors of environments, one for each stage of training."""
 
     def close(self):
-        for envs in self:
+        for envs in reversed(self):  # each puts back the global generators as it found them
             envs.close()
 
 
 def make_all(args, num_envs, num_workers, env_kwargs):
-    """The vectors of environments to train in, one for each stage of args.train_kwargs; all have the same spaces."""
+    """The vectors of environments to train in, one for each stage of args.train_kwargs.
+
+    ValueError unless all have the spaces of the task itself, as `env_kwargs` describes it.
+    """
     kwargs = split_stages(env_kwargs, args.train_kwargs)
     stages = Stages(make_vec(args.env_id, num_envs, num_workers, **own) for own in kwargs)
+    if not args.train_kwargs:
+        return stages
+    task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
+    task.close()
     for own, envs in zip(kwargs, stages, strict=True):
-        same_observations = envs.single_observation_space == stages[0].single_observation_space
-        if not same_observations or envs.single_action_space != stages[0].single_action_space:
+        same_observations = envs.single_observation_space == task.single_observation_space
+        if not same_observations or envs.single_action_space != task.single_action_space:
             stages.close()
-            given = f"train_kwargs is {args.train_kwargs}"
-            raise ValueError(
-                f"{given}: observations and actions must have the spaces of the first stage, also with {own}"
-            )
+            must = "agents must observe and act as without it"
+            raise ValueError(f"train_kwargs is {args.train_kwargs}: {must}, which they do not with {own}")
     return stages
 
 
@@ -3106,7 +3120,7 @@ def parse_args(Args, doc):
     if not isinstance(sys.stdout, _Output):  # it is, where one process runs several scripts
         sys.stdout = _Output(sys.stdout)
         sys.stderr = _Output(sys.stderr)
-    for flag in ("--env-kwargs", "--eval-env-kwargs"):
+    for flag in ("--env-kwargs", "--train-kwargs", "--eval-env-kwargs"):
         if sum(word.replace("_", "-") == flag for word in sys.argv) > 1:
             raise ValueError(f"{flag} is given twice: all of them belong behind one")
     description = doc.replace("\n", "\n ")
@@ -3121,7 +3135,7 @@ def parse_args(Args, doc):
         raise ValueError(f"{whose}: its arguments and those here differ in {', '.join(others)}")
     _check_modules(args, saved)
     default = saved | {name: {} for name in saved if name.endswith("env_kwargs")}
-    default |= {"init_from": None, "cuda": args.cuda}
+    default |= {"init_from": None, "cuda": args.cuda, "train_kwargs": {}, "stage_returns": None}
     args = tyro.cli(Args, description=description, default=Args(**default))
     if "eval_env_id" not in saved:
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
@@ -3342,7 +3356,7 @@ class Run:
 
         folder       where the run's files are
         checkpoint   None, or a dict: what was last given to `save`, also by the process that ran before this one
-        own          likewise, of this process alone
+        own          likewise, what this process alone gave; only where there is a checkpoint
         step         environment steps up to now; of swarms, here and everywhere, agent-steps
         stage        which of `make_all` to train in: the next one when its share of the steps begins, or after an
                      evaluation that args.stage_returns waits for
@@ -3456,7 +3470,8 @@ class Run:
             if self.world_size > 1:
                 dist.broadcast_object_list(score)
             returns = _stage_returns(self.args["stage_returns"])
-            if self.stage < len(returns) and score[0] >= returns[self.stage]:
+            reached = self.stage < len(returns) and score[0] >= returns[self.stage]
+            if reached and self.step < self.total_steps:
                 self._go_on_to(self.stage + 1)
 
     def _evaluate(self, model):

@@ -468,7 +468,7 @@ if __name__ == "__main__":
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
-            observations, infos = envs.reset(seed=seed, options={"stagger": True})
+            observations, infos = envs.reset(seed=seed + run.step, options={"stagger": True})
             next_obs, next_neighbors = to_tensors(observations, infos, device)
             dones[-1] = 1  # nobody remembers the stage before
 

@@ -33,7 +33,7 @@ MEMORY = (
 SHOWN = {"mlp": ("ppo_swarm", MLP), "lstm": ("ppo_swarm_lstm", "")}
 HIDDEN = {
     "lstm, guessing": ("ppo_swarm_lstm", f"{MEMORY} --guess-coef 1.5"),
-    "lstm, in stages": ("ppo_swarm_lstm", f"{MEMORY} --train-kwargs goal_visible_steps 200,60,25"),
+    "lstm, stages": ("ppo_swarm_lstm", f"{MEMORY} --train-kwargs goal_visible_steps 200,60,25"),
     "lstm": ("ppo_swarm_lstm", MEMORY),
     "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 6000000"),
 }
@@ -52,7 +52,7 @@ METRICS = {
 class Options:
     folder: Path = Path("runs/lidar_learning")  # where the runs go
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    networks: tuple[str, ...] = ("mlp", "lstm", "lstm, in stages", "lstm, guessing")  # those that there are
+    networks: tuple[str, ...] = ("mlp", "lstm", "lstm, stages", "lstm, guessing")  # those that there are
     hide: bool = False  # a goal that hides, instead
 
 

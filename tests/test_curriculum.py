@@ -48,9 +48,14 @@ def test_without_several_values_there_is_one_stage():
         (dict(train_kwargs={"dt": "1,2", "radius": "1,2,3"}), "dt must have 3 values, as others have, or one"),
         (dict(train_kwargs={"n_agents": 4}), "train_kwargs is .* n_agents must be given by itself, .* stays as it is"),
         (dict(train_kwargs={"count_self": "True,false"}), "count_self is 'false', a text"),
-        (dict(train_kwargs={"dt": "1,2"}, stage_returns="1,2"), "stage_returns is '1,2': .* 2 stages, .* be 1 numbers"),
+        (dict(train_kwargs={"dt": "1,2"}, stage_returns="1,2"), "stage_returns is '1,2': with 2 .* must be 1 numbers"),
         (dict(train_kwargs={"dt": "1,2"}, stage_returns="soon"), "stage_returns is 'soon': .* must be 1 numbers"),
-        (dict(stage_returns="1"), "stage_returns is '1': train_kwargs has 1 stages, and so it must be 0 numbers"),
+        (dict(train_kwargs={"dt": "1,2"}, stage_returns="nan"), "stage_returns is 'nan': .* must be 1 numbers"),
+        (dict(stage_returns="1"), "stage_returns is '1': with 1 stages .* must be left out"),
+        (dict(stage_returns="soon"), "stage_returns is 'soon': with 1 stages .* must be left out"),
+        (dict(train_kwargs={"dt": "1,2,"}), "train_kwargs is .* dt must have a value beside every comma"),
+        (dict(train_kwargs={"dt": "1,,2"}), "train_kwargs is .* dt must have a value beside every comma"),
+        (dict(env_kwargs={"count_self": "false"}, train_kwargs={"count_self": True}), "count_self is 'false', a text"),
     ],
 )
 def test_arguments_that_make_no_stages_are_refused(args, message):
@@ -58,10 +63,16 @@ def test_arguments_that_make_no_stages_are_refused(args, message):
         ppo_swarm.Args(**args)
 
 
-def test_stages_must_observe_and_act_alike():
-    args = ppo_swarm.Args(train_kwargs={"n_neighbors": "4,6"})
-    with pytest.raises(ValueError, match="must have the spaces of the first stage, also with .*'n_neighbors': 6"):
+@pytest.mark.parametrize("n_neighbors", [4, "4,4", "6,4"])
+def test_agents_must_observe_and_act_as_in_the_task_itself(n_neighbors):
+    args = ppo_swarm.Args(train_kwargs={"n_neighbors": n_neighbors})
+    with pytest.raises(ValueError, match="must observe and act as without it, .* not with .*'n_neighbors': 4"):
         envs.make_all(args, 2, 0, {})
+
+
+def test_a_task_that_cannot_be_made_is_said_at_the_start():
+    with pytest.raises(ValueError, match="radius is -1"):
+        envs.make_all(ppo_swarm.Args(train_kwargs={"radius": 1}), 2, 0, {"radius": -1})
 
 
 def test_swarms_train_in_short_episodes_unless_max_steps_is_given():
@@ -89,6 +100,8 @@ RUNS = {  # script, arguments
     "grpo_hybrid": GRPO | LANDER | dict(total_timesteps=8 * GROUP * 6),
     "async_ppo": ASYNC | LANDER | dict(num_actors=0, env_id="LunarLander", total_timesteps=4 * PER_BATCH),
 }
+GYMNASIUM = ASYNC | dict(num_actors=0, num_workers=2, env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=20))
+GYMNASIUM |= dict(train_kwargs=dict(max_episode_steps="8,4"), total_timesteps=8 * PER_BATCH, checkpoint_every=1)
 # Ends a run, as by a SIGTERM, after its N-th iteration
 STOP = """
 import itertools, os, signal, envs
@@ -136,8 +149,30 @@ def test_actors_go_on_to_the_next_stage(nursery, tmp_path):
     result = nursery.run_one(tmp_path, script=ROOT / "async_ppo.py", **args)
     assert result.code == 0, result.output
     lengths = [length for _, length in curves(result.folder)["charts/episodic_length"]]
-    assert lengths[0] == 8 and lengths[-1] == 4 and set(lengths) <= {8, 4, *lengths}
+    assert lengths[0] == 8 and lengths[-1] == 4
     assert sorted(lengths, reverse=True) == lengths  # one change, and a batch at most holds both
+
+
+def test_environments_on_workers_go_on_in_the_stage_in_which_the_run_was_stopped(nursery, tmp_path):
+    file = ROOT / "async_ppo.py"
+    first = nursery.run_one(tmp_path, script=file, probe=f"N = 5\n{STOP}", **GYMNASIUM)
+    assert first.code == 0 and "stopped at" in first.output, first.output
+    second = nursery.run_one(tmp_path, script=file, **GYMNASIUM)
+    assert second.code == 0 and "resumed at" in second.output, second.output
+    lengths = [length for _, length in curves(second.folder)["charts/episodic_length"]]
+    assert lengths == [8] * 4 + [4] * 4
+
+
+def test_a_policy_trained_in_stages_is_evaluated_in_the_task_itself(nursery, tmp_path):
+    args = BRIEF | SHORT | dict(env_id="LidarNavigation", train_kwargs=dict(width="4,3", height="3,4"))
+    args |= dict(env_kwargs=dict(max_steps=20, n_obstacles=1), stage_returns="1e9")
+    trained = nursery.run_one(tmp_path, **args)
+    assert trained.code == 0, trained.output
+    model = trained.folder / "model.pt"
+    larger = nursery.run_one(tmp_path, evaluate=model, env_kwargs=dict(width=20, height=20, n_obstacles=40))
+    assert larger.code == 0 and "| ppo_swarm |" in larger.output, larger.output
+    again = nursery.run_one(tmp_path, **args | dict(evaluate=model, train_kwargs=dict(width="4,3"), stage_returns="1"))
+    assert again.code == 0, again.output
 
 
 def test_held_out_returns_begin_the_stages(nursery, tmp_path):
@@ -171,6 +206,7 @@ envs.Run.evaluate = evaluate_and_note
 def test_bad_arguments_of_a_later_stage_are_said_at_the_start(nursery, tmp_path):
     result = nursery.run_one(tmp_path, **BRIEF | dict(train_kwargs=dict(radius="1.5,-1")))
     assert result.code != 0 and "radius is -1" in error_of(result.output)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_agents_of_a_stage_have_no_memory_of_the_stage_before(nursery, tmp_path):

@@ -593,6 +593,8 @@ class CommandLine:
     cuda: bool = False
     env_id: str = "Swarm"
     env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    train_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    stage_returns: str | None = None
 
 
 @pytest.fixture
@@ -623,9 +625,10 @@ def test_truth_values_that_would_be_taken_for_texts_are_refused(script):
     assert Args(env_kwargs={"windy": False}).env_kwargs == {"windy": False}
 
 
-def test_env_kwargs_given_twice_are_refused(parse):
-    with pytest.raises(ValueError, match="--env-kwargs is given twice"):
-        parse("--env-kwargs", "a", "1", "--env_kwargs", "b", "2")
+@pytest.mark.parametrize("name", ["env", "train", "eval-env"])
+def test_env_kwargs_given_twice_are_refused(parse, name):
+    with pytest.raises(ValueError, match=f"--{name}-kwargs is given twice"):
+        parse(f"--{name}-kwargs", "a", "1", f"--{name.replace('-', '_')}_kwargs", "b", "2")
 
 
 def saved_model(path, **changes):
