@@ -3135,8 +3135,9 @@ def parse_args(Args, doc):
         raise ValueError(f"{whose}: its arguments and those here differ in {', '.join(others)}")
     _check_modules(args, saved)
     default = saved | {name: {} for name in saved if name.endswith("env_kwargs")}
-    default |= {"init_from": None, "cuda": args.cuda, "train_kwargs": {}, "stage_returns": None}
-    args = tyro.cli(Args, description=description, default=Args(**default))
+    default = Args(**default | {"init_from": None, "cuda": args.cuda, "stage_returns": None, "train_kwargs": {}})
+    default.train_kwargs = {}  # whatever Args makes of it: only an empty dict can be given on the command line
+    args = tyro.cli(Args, description=description, default=default)
     if "eval_env_id" not in saved:
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
         return args

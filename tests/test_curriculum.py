@@ -1,5 +1,8 @@
 """Stages of training: --train-kwargs with several values, by share of the steps or by held-out returns."""
 
+import dataclasses
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +83,18 @@ def test_swarms_train_in_short_episodes_unless_max_steps_is_given():
     assert ppo_swarm.Args(env_kwargs={"max_steps": 100}).train_kwargs == {}
     assert ppo_swarm.Args(train_kwargs={"max_steps": "9,8", "dt": 1}).train_kwargs == {"max_steps": "9,8", "dt": 1}
     assert ppo_swarm.Args(env_id="LidarNavigation").train_kwargs == {}
+
+
+@pytest.mark.parametrize("saved_kwargs", [{}, {"max_steps": "9,8"}])
+def test_an_evaluation_begins_without_the_stages_of_the_training(monkeypatch, tmp_path, saved_kwargs):
+    trained = ppo_swarm.Args(train_kwargs=saved_kwargs, stage_returns="1" if saved_kwargs else None)
+    envs.save({"args": dataclasses.asdict(trained), "model": {}}, tmp_path / "model.pt")
+    words = ["ppo_swarm.py", "--evaluate", str(tmp_path / "model.pt")]
+    monkeypatch.setattr(sys, "argv", words)
+    args = envs.parse_args(ppo_swarm.Args, "A script.")
+    assert args.train_kwargs == {"max_steps": 60} and args.stage_returns is None
+    monkeypatch.setattr(sys, "argv", [*words, "--train-kwargs", "max_steps", "7,6"])  # a training's command, repeated
+    assert envs.parse_args(ppo_swarm.Args, "A script.").train_kwargs == {"max_steps": "7,6"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
