@@ -668,7 +668,7 @@ def test_a_saved_model_holds_its_arguments_and_loads_without_running_code(finish
 
 def test_a_checkpoint_holds_the_run_so_far_and_loads_without_running_code(twins):
     content = saved(twins[0].cwd / "checkpoint.pt")
-    assert set(content) == {"args", "step", "ranks", "model", "optimizer"}
+    assert set(content) == {"args", "step", "stage", "ranks", "model", "optimizer"}
     assert content["args"] == saved(twins[0].own / "model.pt")["args"]
     assert content["step"] == 3 * PER_UPDATE and [set(own) for own in content["ranks"]] == [{"rng", "envs"}]
 
