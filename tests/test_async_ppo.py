@@ -353,10 +353,8 @@ def acting(num_actors, max_lag, seed=0, **env_kwargs):
     torch.manual_seed(seed)
     world = envs.make_vec(PACED_ID, 2, 0)
     agent = Agent(args, world)
-    produce, make_buffer = (
-        partial(act, args, (seed, 0, 0), np.zeros((), np.int64)),
-        partial(make_fragment, world, args.num_steps),
-    )
+    produce = partial(act, args, (seed, 0, 0), np.zeros((), np.int64))  # the first stage
+    make_buffer = partial(make_fragment, world, args.num_steps)
     actors = envs.StreamPool(produce, num_actors, make_buffer, max_lag)
     actors.start(as_vector(agent).numpy(), 0)
     try:
