@@ -434,6 +434,7 @@ if __name__ == "__main__":
 
     # The actors; or, with none, what an actor has, in this process
     seeds = (args.seed, rank, run.step)
+    envs = stages[run.stage]
     if args.num_actors:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - args.num_actors)))
         compile_kernels(envs)  # once, here, and not in every actor
@@ -446,7 +447,6 @@ if __name__ == "__main__":
         seed = make_seed(*seeds, 0, 0)
         generator = torch.Generator().manual_seed(seed)
         fragment = make_fragment(envs, args.num_steps)
-        envs = stages[run.stage]
         observations, _ = envs.reset(seed=seed)
         if run.checkpoint and run.own["envs"]:
             with run.restoring():

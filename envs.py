@@ -3135,8 +3135,8 @@ def parse_args(Args, doc):
         raise ValueError(f"{whose}: its arguments and those here differ in {', '.join(others)}")
     _check_modules(args, saved)
     default = saved | {name: {} for name in saved if name.endswith("env_kwargs")}
-    default = Args(**default | {"init_from": None, "cuda": args.cuda, "stage_returns": None, "train_kwargs": {}})
-    default.train_kwargs = {}  # whatever Args makes of it: only an empty dict can be given on the command line
+    default = Args(**default | {"init_from": None, "cuda": args.cuda, "stage_returns": None})
+    default.train_kwargs = {}  # after Args has filled it: tyro lets the command line replace only an empty one
     args = tyro.cli(Args, description=description, default=default)
     if "eval_env_id" not in saved:
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs

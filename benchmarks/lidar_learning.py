@@ -1,7 +1,7 @@
-"""What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, an hour on 2 cores:
+"""What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, on 2 cores:
 
-    python benchmarks/lidar_learning.py                                         the goal always shown
-    python benchmarks/lidar_learning.py --hide --folder runs/lidar_hide         a goal that hides, likewise
+    python benchmarks/lidar_learning.py                                         the goal always shown, an hour
+    python benchmarks/lidar_learning.py --hide --folder runs/lidar_hide         a goal that hides, two hours
 
 The second one shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision
 costs 0.3. There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same
