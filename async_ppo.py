@@ -27,7 +27,6 @@ ppo_swarm.py:
 import contextlib
 import math
 import os
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,17 +45,14 @@ from envs import (
     StreamPool,
     average,
     check_args,
-    check_spaces,
-    compile_kernels,
-    count_cores,
     evaluate_model,
     flatten,
     load,
     make_all,
+    make_fragment,
     make_seed,
     parse_args,
     setup,
-    shared_array,
 )
 
 
@@ -337,24 +333,6 @@ def approx_kl(logratio):
 # -------------------- Actors ------------------------------------------------------------------------------------------
 
 
-def make_fragment(envs, num_steps):
-    """Arrays in shared memory for num_steps steps of `envs`."""
-    num_envs = envs.num_envs
-    shape = envs.single_observation_space.shape
-    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
-    sizes = {
-        "obs": ((num_steps + 1, num_envs, *shape), np.float32),  # the last ones are what the next fragment starts with
-        "final_obs": ((num_steps, num_envs, *shape), np.float32),  # valid where an episode ended
-        "actions": ((num_steps, num_envs, *envs.single_action_space.shape), np.int64 if discrete else np.float32),
-        "logprobs": ((num_steps, num_envs), np.float32),
-        "rewards": ((num_steps, num_envs), np.float32),
-        "terminations": ((num_steps, num_envs), bool),
-        "truncations": ((num_steps, num_envs), bool),
-        "stats": ((num_steps, num_envs, len(envs.stat_names)), np.float64),  # of the episodes that ended
-    }
-    return {name: shared_array(shape, dtype) for name, (shape, dtype) in sizes.items()}
-
-
 @torch.no_grad()
 def collect(agent, envs, observations, generator, fragment):
     """Fill the fragment, starting from `observations`; returns those that come next."""
@@ -376,11 +354,8 @@ def collect(agent, envs, observations, generator, fragment):
     return observations
 
 
-def act(args, seeds, stage, actor, starts, todo, published):
-    """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version.
-
-    stage () is in shared memory, and says in which stage's environments to act.
-    """
+def act(args, seeds, actor, starts, todo, published):
+    """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version."""
     with contextlib.closing(make_all(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
         agent = Agent(args, stages[0])
         weights = flatten(agent)
@@ -389,10 +364,10 @@ def act(args, seeds, stage, actor, starts, todo, published):
         envs = None
         for fragment in todo:
             version = published.read(weights.numpy())
-            number = int(stage)
-            if envs is not stages[number]:
-                envs = stages[number]
-                observations, _ = envs.reset(seed=seed + number)
+            stage = published.stage
+            if envs is not stages[stage]:
+                envs = stages[stage]
+                observations, _ = envs.reset(seed=seed + stage)
             observations = collect(agent, envs, observations, generator, fragment)
             yield version
 
@@ -405,7 +380,6 @@ if __name__ == "__main__":
     num_workers = 0 if args.num_actors else args.num_workers
     stages = make_all(args, args.num_envs // max(1, args.num_actors), num_workers, args.env_kwargs)
     envs = stages[0]
-    check_spaces(args, envs)
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
@@ -436,13 +410,9 @@ if __name__ == "__main__":
     seeds = (args.seed, rank, run.step)
     envs = stages[run.stage]
     if args.num_actors:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - args.num_actors)))
-        compile_kernels(envs)  # once, here, and not in every actor
         fragments = partial(make_fragment, envs, args.num_steps)
-        stage = shared_array((), np.int64)
-        stage[...] = run.stage
-        actors = StreamPool(partial(act, args, seeds, stage), args.num_actors, fragments, args.max_lag)
-        actors.start(weights.numpy(force=True), run.step // steps_per_iteration)
+        actors = StreamPool(partial(act, args, seeds), args.num_actors, fragments, args.max_lag)
+        actors.start(weights.numpy(force=True), run.step // steps_per_iteration, run.stage)
     else:
         seed = make_seed(*seeds, 0, 0)
         generator = torch.Generator().manual_seed(seed)
@@ -458,7 +428,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
 
         # Rollout
-        rollout_start = time.time()
+        run.clock("rollout")  # of an asynchronous learner: idle
         if args.num_actors:
             try:
                 taken = actors.take(args.num_actors, stop=lambda: run.signals)
@@ -471,7 +441,7 @@ if __name__ == "__main__":
             owners = [0]
             fragments = [fragment]
             lags = [0]
-        update_start = time.time()
+        run.clock("update")
         data = {}  # (num_steps, num_envs, ...) each, obs one step more
         for name in fragments[0]:
             data[name] = torch.cat([torch.from_numpy(part[name]) for part in fragments], dim=1).to(device)
@@ -556,13 +526,12 @@ if __name__ == "__main__":
             agent.obs_mean.copy_(agent.obs_stats.mean)
             agent.obs_std.copy_(agent.obs_stats.std())
         if args.num_actors:
-            actors.publish(weights.numpy(force=True), iteration)
+            actors.publish(weights.numpy(force=True), iteration, run.stage)
             actors.release()
 
         # Log
         v_loss, pg_loss, entropy = torch.stack(losses).mean(0)
         logratio = torch.stack(logratios)
-        now = time.time()
         scalars = {
             "losses/value_loss": v_loss,
             "losses/policy_loss": pg_loss,
@@ -575,9 +544,6 @@ if __name__ == "__main__":
             "charts/lag_max": max(lags),
             "charts/discarded": actors.discarded if args.num_actors else 0,  # fragments, up to now
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/rollout_seconds": update_start - rollout_start,  # of an asynchronous learner: idle
-            "charts/update_seconds": now - update_start,
-            "charts/idle": (update_start - rollout_start) / (now - rollout_start),
         }
         if not agent.discrete:
             scalars["losses/std"] = agent.actor_logstd.detach().exp().mean()
@@ -589,12 +555,9 @@ if __name__ == "__main__":
         run.evaluate(agent.state_dict())
 
         # The next stage, with episodes of its own
-        if envs is not stages[run.stage]:
+        if envs is not stages[run.stage] and not args.num_actors:
             envs = stages[run.stage]
-            if args.num_actors:
-                stage[...] = run.stage
-            else:
-                observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
+            observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
 
         # Checkpoint: with actors put together after every iteration, because their deaths may end the run in the next
         due = run.checkpoint_due()

@@ -3071,23 +3071,32 @@ class Stages(list):
             envs.close()
 
 
-def make_all(args, num_envs, num_workers, env_kwargs):
-    """The vectors of environments to train in, one for each stage of args.train_kwargs.
+def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False):
+    """The vectors of environments to train in, one for each stage of args.train_kwargs, with their kernels compiled.
 
-    ValueError unless all have the spaces of the task itself, as `env_kwargs` describes it.
+    ValueError unless all have the spaces of the task itself, as `env_kwargs` describes it, and these are of the kind
+    that the script takes; with `discrete_only` it takes no real actions.
     """
     kwargs = split_stages(env_kwargs, args.train_kwargs)
     stages = Stages(make_vec(args.env_id, num_envs, num_workers, **own) for own in kwargs)
-    if not args.train_kwargs:
-        return stages
-    task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
-    task.close()
-    for own, envs in zip(kwargs, stages, strict=True):
-        same_observations = envs.single_observation_space == task.single_observation_space
-        if not same_observations or envs.single_action_space != task.single_action_space:
-            stages.close()
-            must = "agents must observe and act as without it"
-            raise ValueError(f"train_kwargs is {args.train_kwargs}: {must}, which they do not with {own}")
+    try:
+        if args.train_kwargs:
+            task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
+            task.close()
+            for own, envs in zip(kwargs, stages, strict=True):
+                same_observations = envs.single_observation_space == task.single_observation_space
+                if not same_observations or envs.single_action_space != task.single_action_space:
+                    must = "agents must observe and act as without it"
+                    raise ValueError(f"train_kwargs is {args.train_kwargs}: {must}, which they do not with {own}")
+        if hasattr(args, "eval_env_id"):
+            check_spaces(args, stages[0], discrete_only)
+        elif args.policy != "mlp" and "neighbors" not in stages[0].info_names:
+            raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")
+        for envs in stages:
+            compile_kernels(envs)
+    except BaseException:
+        stages.close()
+        raise
     return stages
 
 
@@ -3374,6 +3383,7 @@ class Run:
             raise ValueError(f"total_timesteps is {args.total_timesteps}: it must be enough for one rollout")
         self.total_steps = total_steps
         self.episodes = {}  # since the last `log`, {metric: [value]}
+        self.parts = {}  # of the iteration, {name: when it began}, in this order
         self.env_id = env_id
         self.env_kwargs = env_kwargs
         self.rank, self.world_size, self.device = _place(args)
@@ -3428,6 +3438,10 @@ class Run:
             reason = f"{path} is not of this version of the scripts ({error!r})"
             raise SystemExit(f"{reason}: it is now {aside.name}, and the same command starts a new run") from error
 
+    def clock(self, part):
+        """A part of the iteration begins, the rollout or the update; `log` writes what each took."""
+        self.parts[part] = time.time()
+
     def add_episodes(self, metrics, ended):
         """Remember metrics {name: (num_envs,)} of the episodes that `ended` (num_envs,); `log` writes their means."""
         for name, values in metrics.items():
@@ -3441,6 +3455,10 @@ class Run:
         means = {tags.get(name, f"episode/{name}"): np.mean(values) for name, values in self.episodes.items() if values}
         self.episodes = {}
         scalars = {tag: float(value) for tag, value in (means | scalars).items()}
+        begins = [*self.parts.values(), time.time()]
+        for part, (begin, end) in zip(self.parts, itertools.pairwise(begins), strict=True):
+            scalars[f"charts/{part}_seconds"] = end - begin
+            scalars[f"charts/{part}_share"] = (end - begin) / (begins[-1] - begins[0])
         if len(self.stages) > 1:
             scalars["charts/stage"] = self.stage + 1
         if self.args["stage_returns"] is None:
@@ -4338,18 +4356,23 @@ def _stop_workers(shared, tasks):
 
 
 class Published:
-    """A vector of float32 that one process publishes, version after version, to those that it forks."""
+    """A vector of float32 that one process publishes, version after version, to those that it forks, and a stage."""
 
     def __init__(self, size):
         self.slots = shared_array((2, size), np.float32)  # of even and odd versions
-        self.latest = shared_array((1,), np.int64)
+        self.latest = shared_array((2,), np.int64)
 
     @property
     def version(self):
         return int(self.latest[0])
 
-    def publish(self, vector, version):
+    @property
+    def stage(self):
+        return int(self.latest[1])
+
+    def publish(self, vector, version, stage):
         self.slots[version % 2] = vector
+        self.latest[1] = stage
         self.latest[0] = version  # if seen before the vector, as ARM may, a reader takes some old numbers unawares
 
     def read(self, into):
@@ -4368,7 +4391,8 @@ class StreamPool:
     it by the vector that is then `published`, a `Published`, and yields that vector's version. `starts` is the number
     of workers started before. make_buffer() makes a buffer, in shared memory: every worker owns two, one to fill while
     the other waits for the caller. The lag of a buffer is how many versions later than the one that filled it the
-    newest is; with more than `max_lag` it is filled anew, and with 0 there is one buffer to a worker.
+    newest is; with more than `max_lag` it is filled anew, and with 0 there is one buffer to a worker. `start` leaves
+    torch, in the calling process, the cores that the workers do not need.
 
     A worker that dies is replaced, an exception in one is raised by `take`. A process each and no Pool: what is forked
     in the place of a dead one is then forked by the caller in `take`, and not by a thread of the Pool's in the middle
@@ -4392,16 +4416,19 @@ class StreamPool:
         self.channels = {}  # likewise
         self.close = Finalize(self, _close_stream, (self.channels, self.processes), exitpriority=20)
 
-    def start(self, vector, version):
-        """Fork the workers, with a first vector to go by."""
+    def start(self, vector, version, stage=0):
+        """Fork the workers, with a first vector and stage to go by."""
+        if "torch" in sys.modules:
+            torch = sys.modules["torch"]
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - len(self.buffers))))
         self.published = Published(len(vector))
-        self.publish(vector, version)
+        self.publish(vector, version, stage)
         for worker in range(len(self.buffers)):
             self._fork(worker)
 
-    def publish(self, vector, version):
-        """What workers go by from now on; `version` is an integer one larger than that before."""
-        self.published.publish(vector, version)
+    def publish(self, vector, version, stage=0):
+        """What workers go by from now on; `version` is an integer one larger than that before, `stage` any."""
+        self.published.publish(vector, version, stage)
 
     def take(self, count, stop=lambda: False):
         """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`.
@@ -4571,6 +4598,24 @@ def compile_kernels(envs):
         envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))
     one = np.ones(1, np.int64)
     _within(one, one, one)  # the check of discrete actions, Gymnasium's too
+
+
+def make_fragment(envs, num_steps):
+    """{name: array} in shared memory, for what an actor collects in num_steps steps of vector environments `envs`."""
+    num_envs = envs.num_envs
+    obs_shape = envs.single_observation_space.shape
+    action_dtype = np.int64 if isinstance(envs.single_action_space, gym.spaces.Discrete) else np.float32
+    sizes = {
+        "obs": ((num_steps + 1, num_envs, *obs_shape), np.float32),  # the last ones begin the next fragment
+        "final_obs": ((num_steps, num_envs, *obs_shape), np.float32),  # valid where an episode ended
+        "actions": ((num_steps, num_envs, *envs.single_action_space.shape), action_dtype),
+        "logprobs": ((num_steps, num_envs), np.float32),
+        "rewards": ((num_steps, num_envs), np.float32),
+        "terminations": ((num_steps, num_envs), bool),
+        "truncations": ((num_steps, num_envs), bool),
+        "stats": ((num_steps, num_envs, len(envs.stat_names)), np.float64),  # of the episodes that ended
+    }
+    return {name: shared_array(shape, dtype) for name, (shape, dtype) in sizes.items()}
 
 
 def shared_array(shape, dtype):

@@ -21,7 +21,6 @@ policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 
 import copy
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from envs import Run, average, check_args, check_spaces, evaluate_model, flatten, load, make_all, parse_args, setup
+from envs import Run, average, check_args, evaluate_model, flatten, load, make_all, parse_args, setup
 
 
 @dataclass
@@ -197,9 +196,8 @@ if __name__ == "__main__":
 
     # Environments first: workers have to be forked before torch starts threads
     num_envs = args.num_groups * args.group_size
-    stages = make_all(args, num_envs, args.num_workers, args.env_kwargs)
+    stages = make_all(args, num_envs, args.num_workers, args.env_kwargs, discrete_only=True)
     envs = stages[0]
-    check_spaces(args, envs, discrete_only=True)
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
@@ -238,7 +236,7 @@ if __name__ == "__main__":
         iteration += 1
 
         # Rollout: from a seed of its own, so that a checkpoint need not hold the environments' state
-        rollout_start = time.time()
+        run.clock("rollout")
         envs = stages[run.stage]
         seed = int(torch.randint(2**62, ()))
         observations, _ = envs.reset(seed=seed, options={"identical": args.group_size if args.identical_g else 1})
@@ -267,7 +265,7 @@ if __name__ == "__main__":
             advantages[:, group] = compute_advantages(rewards[:length, group], alive[:length, group])
 
         # Update
-        update_start = time.time()
+        run.clock("update")
         valid = alive[:length].flatten().nonzero().squeeze(-1)  # (batch,), the steps of the episodes
         b_obs = obs[:length].flatten(0, 1).index_select(0, valid)
         b_actions = actions[:length].flatten(0, 1).index_select(0, valid)
@@ -324,8 +322,6 @@ if __name__ == "__main__":
             "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
             "losses/minibatches": len(logratios),  # fewer than all where target_kl ended the update
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/rollout_seconds": update_start - rollout_start,
-            "charts/update_seconds": time.time() - update_start,
             "charts/episodic_return": (rewards[:length] * alive[:length]).sum(0).mean(),  # of those cut off as well
             "charts/episodic_length": len(b_obs) / num_envs,
             "charts/cut_off": running.mean(),  # the share of episodes that num_steps cut off

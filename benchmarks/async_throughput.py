@@ -30,14 +30,14 @@ class Measured(NamedTuple):
 def run(flags):
     events = run_and_read("async_ppo.py", f"{FLAGS} {flags}")
     curves = {}
-    for name in ("idle", "lag_mean", "lag_max", "discarded"):
+    for name in ("rollout_share", "lag_mean", "lag_max", "discarded"):
         curves[name] = [event.value for event in events.Scalars(f"charts/{name}")]
     seconds = seconds_at(events)
     steps = list(seconds)
     half = len(steps) // 2
     return Measured(
         rate=(steps[-1] - steps[half]) / (seconds[steps[-1]] - seconds[steps[half]]),
-        idle=fmean(curves["idle"][half:]),
+        idle=fmean(curves["rollout_share"][half:]),
         lag=fmean(curves["lag_mean"][half:]),
         largest_lag=max(curves["lag_max"]),
         discarded=curves["discarded"][-1],
