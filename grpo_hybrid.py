@@ -1,6 +1,6 @@
 """GRPO with both supervisions: a step is good only if what follows and its whole episode are.
 
-    python grpo_hybrid.py      train on landers that start anywhere, then compare with random actions
+    python grpo_hybrid.py      train on Lunar Lander, then compare with a heuristic
         --identical-g, --no-identical-g         all episodes of a group from one state, or each from its own
         --env-id SparseLunarLander              a reward at the end only
         --env-id LunarLander-v3                 Gymnasium's own lander, on forked workers
@@ -48,7 +48,7 @@ class Args:
     eval_episodes: int = 100  # held-out episodes in an evaluation
     checkpoint_every: int = 500_000  # steps between checkpoints
 
-    env_id: str = "DenseLunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
+    env_id: str = "LunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
     train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5,1: stages
     stage_returns: str | None = None  # held-out returns that end the stages but the last: 5,12; None: equal shares

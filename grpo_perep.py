@@ -1,6 +1,6 @@
 """GRPO with outcome supervision: every step is judged by the return of its whole episode.
 
-    python grpo_perep.py      train on landers that start anywhere, then compare with random actions
+    python grpo_perep.py      train on landers that start anywhere, then compare with a heuristic
         --identical-g, --no-identical-g         all episodes of a group from one state, or each from its own
         --env-id SparseLunarLander              a reward at the end only
         --env-id LunarLander-v3                 Gymnasium's own lander, on forked workers
@@ -69,7 +69,7 @@ class Args:
     update_epochs: int = 4  # epochs over an iteration's episodes
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # how far the probability ratio may move
-    ent_coef: float = 0.001  # weight of the entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus
     kl_coef: float = 0.01  # weight of the KL divergence from the reference policy at the start, then adapted
     kl_coef_target: float = 0.015  # raise that weight when the divergence is above this, lower it when below
     kl_adjust: float = 1.5  # the factor by which it is raised, and divided to be lowered

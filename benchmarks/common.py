@@ -248,10 +248,6 @@ def print_row(*cells):
     print(f"| {' | '.join(str(cell) for cell in cells)} |", flush=True)
 
 
-def spread(values, digits=0):
-    return f"{np.mean(values):.{digits}f} +- {np.std(values):.{digits}f}"
-
-
 def mean_and_interval(values, digits=3):
     """Mean over seeds, and the 95% interval of the mean by bootstrap over them."""
     values = np.asarray(values)

@@ -288,7 +288,7 @@ def test_a_script_opens_with_how_it_departs_from_the_paper_and_keeps_to_its_leng
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-nursery = nursery_of("DenseLunarLander", script=SCRIPTS["hybrid"])
+nursery = nursery_of("DenseLunarLander", "LunarLander", script=SCRIPTS["hybrid"])
 
 
 def command(name):
@@ -356,7 +356,8 @@ def test_the_weight_of_the_kl_follows_the_kl(finished):
 def test_every_script_runs(nursery, tmp_path, name):
     result = nursery.run_one(tmp_path, script=SCRIPTS[name], **BRIEF)
     assert result.code == 0, result.output
-    assert result.folder.name.startswith(f"DenseLunarLander__grpo_{name}__1__")
+    env_id = MODULES[name].Args().env_id
+    assert result.folder.name.startswith(f"{env_id}__grpo_{name}__1__")
 
 
 def test_the_number_of_workers_changes_nothing_and_another_seed_does(nursery, finished, tmp_path):
@@ -619,8 +620,8 @@ BAD_COMMANDS = {
     "num_minibatches": (dict(num_minibatches=9), "9.*at most 8"),
     "env_id": (dict(env_id="LunarLandr"), "LunarLandr"),
     "env_id of a swarm": (dict(env_id="Swarm", eval_env_kwargs={}), "Swarm.*discrete actions"),
-    "env_id continuous": (dict(env_kwargs=dict(continuous=True)), "DenseLunarLander.*discrete actions"),
-    "eval_env_id": (dict(eval_env_id="CartPole-v1", eval_env_kwargs={}), "CartPole-v1.*as DenseLunarLander"),
+    "env_id continuous": (dict(env_kwargs=dict(continuous=True)), "env_id is 'LunarLander'.*discrete actions"),
+    "eval_env_id": (dict(eval_env_id="CartPole-v1", eval_env_kwargs={}), "CartPole-v1.*as LunarLander"),
     "gravity": (dict(env_kwargs=dict(gravity=9)), "9"),
     "warp": (dict(eval_env_kwargs=dict(warp=9)), "9"),
 }
