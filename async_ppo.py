@@ -51,6 +51,7 @@ from envs import (
     make_all,
     make_fragment,
     make_seed,
+    make_stages,
     parse_args,
     setup,
 )
@@ -356,7 +357,7 @@ def collect(agent, envs, observations, generator, fragment):
 
 def act(args, seeds, actor, starts, todo, published):
     """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version."""
-    with contextlib.closing(make_all(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
+    with contextlib.closing(make_stages(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
         agent = Agent(args, stages[0])
         weights = flatten(agent)
         seed = make_seed(*seeds, actor, starts)
@@ -376,7 +377,7 @@ if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     rank, world_size, device = setup(args)
 
-    # Environments first: workers have to be forked before torch starts threads. With actors, these show only the spaces
+    # Environments first: workers have to be forked before torch starts threads. Actors make their own
     num_workers = 0 if args.num_actors else args.num_workers
     stages = make_all(args, args.num_envs // max(1, args.num_actors), num_workers, args.env_kwargs)
     envs = stages[0]
@@ -428,7 +429,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
 
         # Rollout
-        run.clock("rollout")  # of an asynchronous learner: idle
+        run.clock("rollout")  # in which an asynchronous learner only waits
         if args.num_actors:
             try:
                 taken = actors.take(args.num_actors, stop=lambda: run.signals)
@@ -526,7 +527,7 @@ if __name__ == "__main__":
             agent.obs_mean.copy_(agent.obs_stats.mean)
             agent.obs_std.copy_(agent.obs_stats.std())
         if args.num_actors:
-            actors.publish(weights.numpy(force=True), iteration, run.stage)
+            actors.publish(weights.numpy(force=True), iteration)
             actors.release()
 
         # Log
@@ -555,9 +556,12 @@ if __name__ == "__main__":
         run.evaluate(agent.state_dict())
 
         # The next stage, with episodes of its own
-        if envs is not stages[run.stage] and not args.num_actors:
+        if envs is not stages[run.stage]:
             envs = stages[run.stage]
-            observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
+            if args.num_actors:
+                actors.set_stage(run.stage)
+            else:
+                observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
 
         # Checkpoint: with actors put together after every iteration, because their deaths may end the run in the next
         due = run.checkpoint_due()

@@ -3071,29 +3071,42 @@ class Stages(list):
             envs.close()
 
 
-def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False):
-    """The vectors of environments to train in, one for each stage of args.train_kwargs, with their kernels compiled.
+def make_stages(args, num_envs, num_workers, env_kwargs):
+    """The vectors of environments to train in, one for each stage of args.train_kwargs."""
+    stages = Stages()
+    try:
+        for own in split_stages(env_kwargs, args.train_kwargs):
+            stages.append(make_vec(args.env_id, num_envs, num_workers, **own))
+    except BaseException:
+        stages.close()
+        raise
+    return stages
 
-    ValueError unless all have the spaces of the task itself, as `env_kwargs` describes it, and these are of the kind
-    that the script takes; with `discrete_only` it takes no real actions.
+
+def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False):
+    """`make_stages`, checked.
+
+    ValueError unless agents observe and act in every stage as in the task itself, which `env_kwargs` describes, and
+    unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms whose policy
+    passes messages where agents have neighbours.
     """
-    kwargs = split_stages(env_kwargs, args.train_kwargs)
-    stages = Stages(make_vec(args.env_id, num_envs, num_workers, **own) for own in kwargs)
+    stages = make_stages(args, num_envs, num_workers, env_kwargs)
     try:
         if args.train_kwargs:
             task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
             task.close()
-            for own, envs in zip(kwargs, stages, strict=True):
+            for own, envs in zip(split_stages(env_kwargs, args.train_kwargs), stages, strict=True):
                 same_observations = envs.single_observation_space == task.single_observation_space
                 if not same_observations or envs.single_action_space != task.single_action_space:
                     must = "agents must observe and act as without it"
                     raise ValueError(f"train_kwargs is {args.train_kwargs}: {must}, which they do not with {own}")
-        if hasattr(args, "eval_env_id"):
+        if hasattr(args, "eval_env_id"):  # the scripts for single agents have it
             check_spaces(args, stages[0], discrete_only)
         elif args.policy != "mlp" and "neighbors" not in stages[0].info_names:
             raise ValueError(f"policy is {args.policy!r}: {args.env_id} reports no neighbours, so it must be 'mlp'")
-        for envs in stages:
-            compile_kernels(envs)
+        if getattr(args, "num_actors", 0) and not args.evaluate:
+            for envs in stages:
+                compile_kernels(envs)  # once, here, and not in every actor
     except BaseException:
         stages.close()
         raise
@@ -3178,25 +3191,24 @@ def check_spaces(args, envs, discrete_only=False):
     Their actions must be discrete or, without `discrete_only`, real and bounded, and those of the two the same.
     """
     allowed = "discrete" if discrete_only else "discrete or bounded real"
-    eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
-    for name, own in (("env_id", envs), ("eval_env_id", eval_envs)):
-        observations = own.single_observation_space
-        actions = own.single_action_space
-        discrete = isinstance(actions, gym.spaces.Discrete)
-        real = len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()
-        given = f"{name} is {getattr(args, name)!r}"
-        if len(observations.shape) != 1 or not (discrete or (real and not discrete_only)):
-            wanted = f"an environment of one agent, with vector observations and {allowed} actions"
-            raise ValueError(f"{given}: it must be {wanted}, not {observations} and {actions}")
-        same_shape = observations.shape == envs.single_observation_space.shape
-        if not same_shape or actions != envs.single_action_space:
-            raise ValueError(f"{given}: it must observe and act as {args.env_id} does")
-        check_range(given, actions)
-        said = own is eval_envs and args.eval_env_id == args.env_id
-        if not said and own.spec is not None and own.spec.max_episode_steps is None:
-            limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
-            print(f"{given}, which is registered without a time limit: {limit}")
-    eval_envs.close()
+    with contextlib.closing(make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)) as eval_envs:
+        for name, own in (("env_id", envs), ("eval_env_id", eval_envs)):
+            observations = own.single_observation_space
+            actions = own.single_action_space
+            discrete = isinstance(actions, gym.spaces.Discrete)
+            real = len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()
+            given = f"{name} is {getattr(args, name)!r}"
+            if len(observations.shape) != 1 or not (discrete or (real and not discrete_only)):
+                wanted = f"an environment of one agent, with vector observations and {allowed} actions"
+                raise ValueError(f"{given}: it must be {wanted}, not {observations} and {actions}")
+            same_shape = observations.shape == envs.single_observation_space.shape
+            if not same_shape or actions != envs.single_action_space:
+                raise ValueError(f"{given}: it must observe and act as {args.env_id} does")
+            check_range(given, actions)
+            said = own is eval_envs and args.eval_env_id == args.env_id
+            if not said and own.spec is not None and own.spec.max_episode_steps is None:
+                limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
+                print(f"{given}, which is registered without a time limit: {limit}")
 
 
 def check_range(given, actions):
@@ -3211,11 +3223,13 @@ def check_range(given, actions):
 def setup(args):
     """(rank, world_size, device): which of how many processes this is in a torchrun, alone (0, 1), and where it trains.
 
-    Seeds the global generators of Python and NumPy, which environments may draw from while they are made. Starts no
-    thread of torch's: workers have to be forked before.
+    Seeds the global generators of Python and NumPy, which environments may draw from while they are made. Leaves the
+    actors' cores to them. Starts no thread of torch's: workers have to be forked before.
     """
     import torch
 
+    if getattr(args, "num_actors", 0):
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - args.num_actors)))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA asks for
     torch.set_deterministic_debug_mode("error" if args.torch_deterministic else "default")
     random.seed(args.seed)
@@ -3350,7 +3364,9 @@ class Run:
         if run.checkpoint:
             with run.restoring(): ...                                       # put back what was given to `save`
         while ...:
+            run.clock("rollout")
             run.add_episodes(infos["episode"], infos["_episode"])
+            run.clock("update")
             run.log(step, scalars)
             run.evaluate(agent.state_dict())
             if run.checkpoint_due():
@@ -3383,7 +3399,7 @@ class Run:
             raise ValueError(f"total_timesteps is {args.total_timesteps}: it must be enough for one rollout")
         self.total_steps = total_steps
         self.episodes = {}  # since the last `log`, {metric: [value]}
-        self.parts = {}  # of the iteration, {name: when it began}, in this order
+        self.parts = {}  # of the iteration, {name: when it began}
         self.env_id = env_id
         self.env_kwargs = env_kwargs
         self.rank, self.world_size, self.device = _place(args)
@@ -3448,7 +3464,10 @@ class Run:
             self.episodes.setdefault(name, []).extend(values[ended])
 
     def log(self, step, scalars):
-        """Write the scalars {tag: value} of an iteration that ended with `step`, and the means over its episodes."""
+        """Write the scalars {tag: value} of an iteration that ended with `step`.
+
+        So are the means over its episodes, and how long its parts took.
+        """
         self.last_step = self.step
         self.step = step
         tags = {"r": "charts/episodic_return", "l": "charts/episodic_length"}
@@ -3459,6 +3478,7 @@ class Run:
         for part, (begin, end) in zip(self.parts, itertools.pairwise(begins), strict=True):
             scalars[f"charts/{part}_seconds"] = end - begin
             scalars[f"charts/{part}_share"] = (end - begin) / (begins[-1] - begins[0])
+        self.parts = {}
         if len(self.stages) > 1:
             scalars["charts/stage"] = self.stage + 1
         if self.args["stage_returns"] is None:
@@ -4356,11 +4376,12 @@ def _stop_workers(shared, tasks):
 
 
 class Published:
-    """A vector of float32 that one process publishes, version after version, to those that it forks, and a stage."""
+    """A vector of float32, version after version, and a stage, published by one process to those that it forks."""
 
     def __init__(self, size):
         self.slots = shared_array((2, size), np.float32)  # of even and odd versions
-        self.latest = shared_array((2,), np.int64)
+        self.latest = shared_array((1,), np.int64)
+        self.stages = shared_array((1,), np.int64)
 
     @property
     def version(self):
@@ -4368,11 +4389,10 @@ class Published:
 
     @property
     def stage(self):
-        return int(self.latest[1])
+        return int(self.stages[0])
 
-    def publish(self, vector, version, stage):
+    def publish(self, vector, version):
         self.slots[version % 2] = vector
-        self.latest[1] = stage
         self.latest[0] = version  # if seen before the vector, as ARM may, a reader takes some old numbers unawares
 
     def read(self, into):
@@ -4391,8 +4411,7 @@ class StreamPool:
     it by the vector that is then `published`, a `Published`, and yields that vector's version. `starts` is the number
     of workers started before. make_buffer() makes a buffer, in shared memory: every worker owns two, one to fill while
     the other waits for the caller. The lag of a buffer is how many versions later than the one that filled it the
-    newest is; with more than `max_lag` it is filled anew, and with 0 there is one buffer to a worker. `start` leaves
-    torch, in the calling process, the cores that the workers do not need.
+    newest is; with more than `max_lag` it is filled anew, and with 0 there is one buffer to a worker.
 
     A worker that dies is replaced, an exception in one is raised by `take`. A process each and no Pool: what is forked
     in the place of a dead one is then forked by the caller in `take`, and not by a thread of the Pool's in the middle
@@ -4418,17 +4437,19 @@ class StreamPool:
 
     def start(self, vector, version, stage=0):
         """Fork the workers, with a first vector and stage to go by."""
-        if "torch" in sys.modules:
-            torch = sys.modules["torch"]
-            torch.set_num_threads(min(torch.get_num_threads(), max(1, count_cores() - len(self.buffers))))
         self.published = Published(len(vector))
-        self.publish(vector, version, stage)
+        self.publish(vector, version)
+        self.set_stage(stage)
         for worker in range(len(self.buffers)):
             self._fork(worker)
 
-    def publish(self, vector, version, stage=0):
-        """What workers go by from now on; `version` is an integer one larger than that before, `stage` any."""
-        self.published.publish(vector, version, stage)
+    def publish(self, vector, version):
+        """What workers go by from now on; `version` is an integer one larger than that before."""
+        self.published.publish(vector, version)
+
+    def set_stage(self, stage):
+        """Another integer that workers find in what is published: in which stage they are to work."""
+        self.published.stages[0] = stage
 
     def take(self, count, stop=lambda: False):
         """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`.

@@ -1,4 +1,4 @@
-"""What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository root, half an hour, 2 cores:
+"""What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository's root, half an hour:
 
     python benchmarks/grpo_learning.py                                     the three scripts with default flags
     python benchmarks/grpo_learning.py --identical-g True False --plot docs/identical_starts.png \
@@ -24,7 +24,7 @@ from common import EPISODES, judge_on_box2d, load_policy, mean_and_interval, pri
 from learning_curves import draw, read
 from matplotlib.figure import Figure
 
-from envs import heuristic_policy
+import envs
 
 STARTS = {None: "by default", True: "identical", False: "different"}  # of the episodes of a group, by --identical-g
 
@@ -66,7 +66,7 @@ def main(options):
     runs = two_at_once(run, [(*setting, seed) for setting in settings for seed in options.seeds])
     print(f"\n{EPISODES} held-out episodes of Box2D's LunarLander-v3; means over seeds {options.seeds}\n")
     print_head("script", "trained on", "starts", "greedy", "worst seed", "success", "sampled", "success", "minutes")
-    score, success = judge_on_box2d(heuristic_policy)
+    score, success = judge_on_box2d(envs.heuristic_policy)
     print_row("heuristic", "", "", f"{score:.0f}", "", f"{success:.2f}", "", "", "")
     curves = {}
     for script, env_id, identical_g in settings:
@@ -78,7 +78,7 @@ def main(options):
         sampled_return, sampled_success = np.transpose(sampled)
         print_row(
             f"grpo_{script}.py",
-            env_id or "its default",
+            env_id or envs.load(mine[0].path / "model.pt")["args"]["env_id"],
             STARTS[identical_g],
             mean_and_interval(greedy_return, 0),
             f"{greedy_return.min():.0f}",

@@ -30,6 +30,7 @@ from running import (
     RATIOS,
     alive,
     assert_other_weights,
+    assert_same_curves,
     assert_same_weights,
     assert_soon_gone,
     children,
@@ -51,7 +52,7 @@ from running import (
 
 import async_ppo
 import envs
-from async_ppo import Agent, Args, Categorical, Novelty, RunningStats, SquashedNormal, act, compute_gae, make_fragment
+from async_ppo import Agent, Args, Categorical, Novelty, RunningStats, SquashedNormal, act, compute_gae
 
 SCRIPT = Path(async_ppo.__file__)
 
@@ -354,7 +355,7 @@ def acting(num_actors, max_lag, seed=0, **env_kwargs):
     world = envs.make_vec(PACED_ID, 2, 0)
     agent = Agent(args, world)
     produce = partial(act, args, (seed, 0, 0))
-    make_buffer = partial(make_fragment, world, args.num_steps)
+    make_buffer = partial(envs.make_fragment, world, args.num_steps)
     actors = envs.StreamPool(produce, num_actors, make_buffer, max_lag)
     actors.start(as_vector(agent).numpy(), 0)
     try:
@@ -627,15 +628,11 @@ def finished(nursery, tmp_path_factory):
 @pytest.mark.parametrize("other", ["second", "workers"])
 def test_the_same_seed_gives_identical_weights_and_curves_with_any_number_of_workers(finished, other):
     assert_same_weights(finished["first"].folder / "model.pt", finished[other].folder / "model.pt")
-    assert untimed(finished["first"].folder) == untimed(finished[other].folder)
+    assert_same_curves(finished["first"].folder, finished[other].folder)
 
 
 def test_another_seed_gives_other_weights(finished):
     assert_other_weights(finished["first"].folder / "model.pt", finished["seed"].folder / "model.pt")
-
-
-def untimed(folder):
-    return reproducible(curves(folder))
 
 
 @pytest.fixture(scope="module")
@@ -851,8 +848,8 @@ def test_a_synchronous_run_killed_twice_ends_with_identical_weights_and_curves(n
     result = nursery.run_one(tmp_path, probe=QUICK, **SYNC)
     assert result.code == 0 and "resumed at" in result.output, result.output
     assert_same_weights(result.folder / "model.pt", finished["whole"].folder / "model.pt")
-    whole = {tag: points for tag, points in untimed(finished["whole"].folder).items() if not tag.startswith("test/")}
-    assert untimed(result.folder) == whole
+    whole = reproducible(curves(finished["whole"].folder))
+    assert reproducible(curves(result.folder)) == {tag: points for tag, points in whole.items() if "test/" not in tag}
 
 
 def test_an_environment_that_raises_is_shown_with_its_own_traceback_and_leaves_no_process(nursery, tmp_path):

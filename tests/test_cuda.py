@@ -30,7 +30,7 @@ RUNS = {  # script and arguments
 }
 
 
-nursery = nursery_of("Swarm", "DenseLunarLander")
+nursery = nursery_of("Swarm", "LunarLander", "DenseLunarLander")
 
 
 @gpu

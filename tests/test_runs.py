@@ -195,6 +195,24 @@ def test_the_table_comes_before_the_picture_fails(tmp_path, capsys, monkeypatch)
     assert file_names(run.folder) == ["eval.png", "events", "model.pt"]
 
 
+def test_the_parts_of_an_iteration_are_timed_and_nothing_else_is(monkeypatch):
+    run = start()
+    logged = []
+    monkeypatch.setattr(run.events, "add_scalars", lambda scalars, step: logged.append(scalars))
+    now = time.time()
+    monkeypatch.setattr(envs.time, "time", lambda: now)
+    for _ in range(2):
+        run.clock("rollout")
+        now += 3
+        run.clock("update")
+        now += 1
+        run.log(run.step + 5, {})
+        now += 10  # evaluations and checkpoints
+    for scalars in logged:
+        assert scalars["charts/rollout_seconds"] == 3 and scalars["charts/update_seconds"] == 1
+        assert scalars["charts/rollout_share"] == 0.75 and scalars["charts/update_share"] == 0.25
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is not finite
 # ----------------------------------------------------------------------------------------------------------------------

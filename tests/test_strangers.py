@@ -453,6 +453,36 @@ def test_a_missing_time_limit_is_said_at_the_start(env_id, capsys):
     assert capsys.readouterr().out.count("registered without a time limit") == (env_id == "Strange-v0")
 
 
+def test_actors_do_not_say_it_again(capsys):
+    args = SimpleNamespace(env_id="Strange-v0", eval_env_id="Strange-v0", eval_env_kwargs={}, train_kwargs={})
+    for make, times in ((envs.make_all, 1), (envs.make_stages, 0)):
+        make(args, 2, 0, {}).close()
+        assert capsys.readouterr().out.count("registered without a time limit") == times
+
+
+REFUSED = {
+    "policy": dict(policy="gnn", env_id="LidarNavigation"),
+    "observations": dict(policy="mlp", env_id="LidarNavigation", train_kwargs=dict(n_neighbors="0,4")),
+    "argument": dict(policy="mlp", env_id="Swarm", train_kwargs=dict(max_steps="9,-1")),
+    "spaces": dict(env_id="Swarm", eval_env_id="LunarLander", eval_env_kwargs={}),
+}
+
+
+@pytest.mark.parametrize("given", REFUSED.values(), ids=REFUSED)
+def test_what_was_made_of_environments_that_are_refused_is_closed(monkeypatch, given):
+    made = []
+    make_vec = envs.make_vec
+
+    def kept(*args, **kwargs):
+        made.append(make_vec(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(envs, "make_vec", kept)
+    with pytest.raises(ValueError, match="must"):
+        envs.make_all(SimpleNamespace(**{"train_kwargs": {}} | given), 2, 0, {})
+    assert made and all(vector.closed for vector in made)
+
+
 # The kernels' files --------------------------------------------------------------------------------------------------
 
 KERNEL = """

@@ -166,6 +166,27 @@ def test_a_vector_is_read_whole_however_fast_the_next_are_published():
     pool.close()
 
 
+def test_workers_work_in_the_stage_that_was_set_last_and_so_does_who_replaces_a_dead_one(capsys):
+    def tell(worker, starts, todo, published):
+        for buffer in todo:
+            buffer[:2] = starts, published.stage
+            yield published.version
+
+    pool = envs.StreamPool(tell, 1, make_buffer, 0)
+    pool.start(vector_of(0), 0, stage=2)
+    try:
+        seen = []
+        for action in (None, lambda: pool.set_stage(5), lambda: kill(pool.processes[0])):
+            if action:
+                action()
+                pool.release()
+            ((_, buffer, _),) = pool.take(1)
+            seen.append((*buffer[:2],))
+        assert seen == [(0, 2), (0, 5), (1, 5)]
+    finally:
+        pool.close()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Deaths and exceptions
 # ----------------------------------------------------------------------------------------------------------------------
