@@ -1,7 +1,7 @@
 """PPO whose actors and learner work at the same time, on any Gymnasium environment with vector observations.
 
     python async_ppo.py                         train on CartPole-v1
-        --env-id LunarLander --eval-env-id LunarLander-v3       train on the fast lander, judged by Gymnasium's own
+        --env-id LunarLander --eval-env-id LunarLander-v3 ...   the fast lander: docs/async.md has its flags
         --num-actors 0                          the same algorithm, synchronous: collect, learn, collect, ...
         --vtrace                                correct the returns for the lag of the policy that acted
         --rnd-coef 1                            explore, by Random Network Distillation
@@ -74,8 +74,8 @@ class Args:
 
     env_id: str = "CartPole-v1"  # any environment with vector observations, of envs.py or of Gymnasium
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
-    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5,1: stages
-    stage_returns: str | None = None  # held-out returns that end the stages but the last: 5,12; None: equal shares
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5: stages
+    stage_returns: str | None = None  # eval/r that ends each stage but the last, as in 5,12; None: equal shares
     eval_env_id: str | None = None  # the environment that policies are evaluated in, None is the one they train in
     eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_envs: int = 32  # environments of all actors together, in each process of a torchrun
@@ -152,7 +152,7 @@ class Agent(nn.Module):
         self.critic = mlp(n_in, args.hidden_dim, 2 if args.rnd_coef else 1, std=1.0)
         self.novelty = Novelty(n_in, args.hidden_dim) if args.rnd_coef else None
         self.obs_stats = RunningStats(n_in)
-        # Without gradients, but among the weights, and so wherever these go.
+        # Without gradients, but parameters: the vector of weights, which actors read, then holds them
         self.obs_mean = nn.Parameter(torch.zeros(n_in), requires_grad=False)
         self.obs_std = nn.Parameter(torch.ones(n_in), requires_grad=False)
 
@@ -356,7 +356,10 @@ def collect(agent, envs, observations, generator, fragment):
 
 
 def act(args, seeds, actor, starts, todo, published):
-    """An actor, as StreamPool runs it: fill each fragment with the newest policy, and yield that policy's version."""
+    """An actor, as StreamPool runs it: fill each fragment of `todo` by the newest policy, and yield its version.
+
+    `starts` is the number of actors started before: one in a dead one's place has draws of its own.
+    """
     with contextlib.closing(make_stages(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
         agent = Agent(args, stages[0])
         weights = flatten(agent)
@@ -364,7 +367,7 @@ def act(args, seeds, actor, starts, todo, published):
         generator = torch.Generator().manual_seed(seed)
         envs = None
         for fragment in todo:
-            version = published.read(weights.numpy())
+            version = published.read(weights.numpy())  # into the weights, and so into the agent
             stage = published.stage
             if envs is not stages[stage]:
                 envs = stages[stage]
@@ -384,7 +387,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)
+    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -411,8 +414,8 @@ if __name__ == "__main__":
     seeds = (args.seed, rank, run.step)
     envs = stages[run.stage]
     if args.num_actors:
-        fragments = partial(make_fragment, envs, args.num_steps)
-        actors = StreamPool(partial(act, args, seeds), args.num_actors, fragments, args.max_lag)
+        new_fragment = partial(make_fragment, envs, args.num_steps)
+        actors = StreamPool(partial(act, args, seeds), args.num_actors, new_fragment, args.max_lag)
         actors.start(weights.numpy(force=True), run.step // steps_per_iteration, run.stage)
     else:
         seed = make_seed(*seeds, 0, 0)
@@ -487,7 +490,7 @@ if __name__ == "__main__":
         kl_exceeded = False
         for epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
-                mb_obs = b_obs.index_select(0, mb_inds)  # several times faster than b_obs[mb_inds]
+                mb_obs = b_obs.index_select(0, mb_inds)  # for wide rows faster than b_obs[mb_inds]
                 policy = agent.get_policy(mb_obs)
                 newvalue = agent.get_value(mb_obs)
                 logratio = policy.log_prob(b_actions[mb_inds]) - b_logprobs[mb_inds]
@@ -528,7 +531,7 @@ if __name__ == "__main__":
             agent.obs_std.copy_(agent.obs_stats.std())
         if args.num_actors:
             actors.publish(weights.numpy(force=True), iteration)
-            actors.release()
+            actors.release()  # not before: they would be filled by the old weights
 
         # Log
         v_loss, pg_loss, entropy = torch.stack(losses).mean(0)
@@ -553,7 +556,7 @@ if __name__ == "__main__":
         stats = data["stats"].movedim(-1, 0).cpu().numpy()  # (len(stat_names), num_steps, num_envs)
         run.add_episodes(dict(zip(envs.stat_names, stats, strict=True)), done.cpu().numpy())
         run.log(iteration * steps_per_iteration, scalars)
-        run.evaluate(agent.state_dict())
+        run.evaluate(agent.state_dict())  # if it is time
 
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
@@ -563,7 +566,7 @@ if __name__ == "__main__":
             else:
                 observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
 
-        # Checkpoint: with actors put together after every iteration, because their deaths may end the run in the next
+        # Checkpoint: with actors one is kept after every iteration, and written if their deaths end the run in the next
         due = run.checkpoint_due()
         if due or args.num_actors:
             own = {"novelty_sums": novelty_sums.cpu(), "envs": {}}

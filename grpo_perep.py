@@ -15,6 +15,7 @@ policy gradients. How it departs from GRPO as published (arXiv 2402.03300):
 2. Published, all of a group answer the same question; here they start in the same state with --identical-g only.
 3. The loss is the mean over a minibatch's steps; published, first over each episode's, so that short ones weigh more.
 4. The KL divergence from the reference policy is computed, not estimated, and its weight adapts to a target.
+   By default the reference is the policy before the update, so that it holds back single updates only.
 5. Advantages are normalised once more in each minibatch, and target_kl ends an update that moves the policy too far.
 6. An episode that num_steps cuts off counts for what it got until then: nothing estimates what would have followed.
 """
@@ -50,8 +51,8 @@ class Args:
 
     env_id: str = "DenseLunarLander"  # any environment with discrete actions, of envs.py or of Gymnasium
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: gravity -9
-    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5,1: stages
-    stage_returns: str | None = None  # held-out returns that end the stages but the last: 5,12; None: equal shares
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5: stages
+    stage_returns: str | None = None  # eval/r that ends each stage but the last, as in 5,12; None: equal shares
     eval_env_id: str | None = None  # what policies are evaluated in, None is LunarLander for its variants, else env_id
     eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # likewise, of eval_env_id
     num_groups: int = 8  # groups in an iteration, in each process of a torchrun
@@ -201,7 +202,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)
+    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -277,8 +278,9 @@ if __name__ == "__main__":
         logratios = []
         kl_exceeded = False
         for _ in range(args.update_epochs):
+            # Not chunk: in a torchrun every process has as many minibatches, whatever its number of steps
             for mb_inds in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):
-                policy = agent.get_policy(b_obs.index_select(0, mb_inds))  # several times faster than b_obs[mb_inds]
+                policy = agent.get_policy(b_obs.index_select(0, mb_inds))  # for wide rows faster than b_obs[mb_inds]
                 logratio = policy.log_prob(b_actions[mb_inds]) - b_logprobs[mb_inds]
                 ratio = logratio.exp()  # (minibatch,)
                 mb_advantages = b_advantages[mb_inds]
@@ -328,7 +330,7 @@ if __name__ == "__main__":
         }
         steps = average(torch.tensor(float(len(b_obs)), device=device)) * world_size
         run.log(run.step + round(float(steps)), scalars)
-        run.evaluate(agent.state_dict())
+        run.evaluate(agent.state_dict())  # if it is time
 
         # Checkpoint
         if run.checkpoint_due():

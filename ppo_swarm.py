@@ -14,6 +14,7 @@ it departs from CleanRL's ppo_continuous_action.py:
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
+   dones[t] is 1 if an episode ended with step t; CleanRL's, if one began.
 4. Observations and rewards are neither normalised nor clipped; with team_reward the agents share rewards, at first.
 5. With guess_coef the policy also guesses what its agent does not see, which is known in training only.
 6. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
@@ -53,8 +54,8 @@ class Args:
     env_id: str = "Swarm"  # a multi-agent environment of envs.py
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
-    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5,1: stages
-    stage_returns: str | None = None  # held-out returns that end the stages but the last: 5,12; None: equal shares
+    train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5: stages
+    stage_returns: str | None = None  # eval/r that ends each stage but the last, as in 5,12; None: equal shares
     num_envs: int = 64  # environments stepped together, by each process of a torchrun
     num_workers: int | None = None  # processes to step them in; 0 is this one, None picks by what is being stepped
 
@@ -86,8 +87,9 @@ class Args:
 
     def __post_init__(self):
         check_args(self, rows=self.num_steps * self.num_envs)
-        if self.env_id == "Swarm" and "max_steps" not in self.env_kwargs:  # the hard part is how an episode begins
-            self.train_kwargs = {"max_steps": 60} | self.train_kwargs  # and of that, short ones have more
+        # How a swarm gathers is the hard part, and of that short episodes have more
+        if self.env_id == "Swarm" and "max_steps" not in self.env_kwargs:
+            self.train_kwargs = {"max_steps": 60} | self.train_kwargs
         if self.team_reward is None:
             self.team_reward = 1.0 if self.env_id == "Swarm" else 0.0  # with 0, some swarms settle wide apart
 
@@ -271,13 +273,13 @@ if __name__ == "__main__":
     stages = make_all(args, args.num_envs, args.num_workers, env_kwargs)
     envs = stages[0]
     # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
-    seed = args.seed + (rank << 32)
+    seed = args.seed + (rank << 32)  # no other rank's: --seed is below 2**32
     observations, infos = envs.reset(seed=seed, options={"stagger": True})
     next_obs, next_neighbors = to_tensors(observations, infos, device)
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)
+    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -359,7 +361,7 @@ if __name__ == "__main__":
         kl_exceeded = False
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
-                mb_obs = b_obs.index_select(0, mb_inds)  # several times faster than b_obs[mb_inds]
+                mb_obs = b_obs.index_select(0, mb_inds)  # for wide rows faster than b_obs[mb_inds]
                 mb_neighbors = b_neighbors.index_select(0, mb_inds)
                 policy = agent.get_policy(mb_obs, mb_neighbors)
                 newvalue = agent.get_value(mb_obs, mb_neighbors)
@@ -413,7 +415,7 @@ if __name__ == "__main__":
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
         run.log(iteration * steps_per_iteration, scalars)
-        run.evaluate(agent.state_dict())
+        run.evaluate(agent.state_dict())  # if it is time
 
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
