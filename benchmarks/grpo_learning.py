@@ -1,4 +1,4 @@
-"""What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository's root, half an hour:
+"""What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository's root, in an hour:
 
     python benchmarks/grpo_learning.py                                     the three scripts with default flags
     python benchmarks/grpo_learning.py --identical-g True False --plot docs/identical_starts.png \
