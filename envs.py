@@ -3071,15 +3071,23 @@ class Stages(list):
             envs.close()
 
 
+@contextlib.contextmanager
+def _closed_if_refused(envs):
+    """Close environments if an exception leaves the block; one of theirs while they close must not hide it."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            envs.close()
+        raise
+
+
 def make_stages(args, num_envs, num_workers, env_kwargs):
     """The vectors of environments to train in, one for each stage of args.train_kwargs."""
     stages = Stages()
-    try:
+    with _closed_if_refused(stages):
         for own in split_stages(env_kwargs, args.train_kwargs):
             stages.append(make_vec(args.env_id, num_envs, num_workers, **own))
-    except BaseException:
-        stages.close()
-        raise
     return stages
 
 
@@ -3091,7 +3099,7 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False):
     passes messages where agents have neighbours.
     """
     stages = make_stages(args, num_envs, num_workers, env_kwargs)
-    try:
+    with _closed_if_refused(stages):
         if args.train_kwargs:
             task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
             task.close()
@@ -3107,9 +3115,6 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False):
         if getattr(args, "num_actors", 0) and not args.evaluate:
             for envs in stages:
                 compile_kernels(envs)  # once, here, and not in every actor
-    except BaseException:
-        stages.close()
-        raise
     return stages
 
 
@@ -3191,7 +3196,8 @@ def check_spaces(args, envs, discrete_only=False):
     Their actions must be discrete or, without `discrete_only`, real and bounded, and those of the two the same.
     """
     allowed = "discrete" if discrete_only else "discrete or bounded real"
-    with contextlib.closing(make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)) as eval_envs:
+    eval_envs = make_vec(args.eval_env_id, 1, num_workers=0, **args.eval_env_kwargs)
+    with _closed_if_refused(eval_envs):
         for name, own in (("env_id", envs), ("eval_env_id", eval_envs)):
             observations = own.single_observation_space
             actions = own.single_action_space
@@ -3209,6 +3215,7 @@ def check_spaces(args, envs, discrete_only=False):
             if not said and own.spec is not None and own.spec.max_episode_steps is None:
                 limit = "if its episodes may go on for ever, give it one, as --env-kwargs max_episode_steps 1000"
                 print(f"{given}, which is registered without a time limit: {limit}")
+    eval_envs.close()
 
 
 def check_range(given, actions):
@@ -4380,8 +4387,7 @@ class Published:
 
     def __init__(self, size):
         self.slots = shared_array((2, size), np.float32)  # of even and odd versions
-        self.latest = shared_array((1,), np.int64)
-        self.stages = shared_array((1,), np.int64)
+        self.latest = shared_array((2,), np.int64)  # version and stage
 
     @property
     def version(self):
@@ -4389,7 +4395,7 @@ class Published:
 
     @property
     def stage(self):
-        return int(self.stages[0])
+        return int(self.latest[1])
 
     def publish(self, vector, version):
         self.slots[version % 2] = vector
@@ -4449,7 +4455,7 @@ class StreamPool:
 
     def set_stage(self, stage):
         """Another integer that workers find in what is published: in which stage they are to work."""
-        self.published.stages[0] = stage
+        self.published.latest[1] = stage
 
     def take(self, count, stop=lambda: False):
         """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`.

@@ -620,7 +620,7 @@ BAD_COMMANDS = {
     "num_minibatches": (dict(num_minibatches=9), "9.*at most 8"),
     "env_id": (dict(env_id="LunarLandr"), "LunarLandr"),
     "env_id of a swarm": (dict(env_id="Swarm", eval_env_kwargs={}), "Swarm.*discrete actions"),
-    "env_id continuous": (dict(env_kwargs=dict(continuous=True)), "env_id is 'LunarLander'.*discrete actions"),
+    "env_id continuous": (dict(env_kwargs=dict(continuous=True)), "'LunarLander'.*discrete actions"),
     "eval_env_id": (dict(eval_env_id="CartPole-v1", eval_env_kwargs={}), "CartPole-v1.*as LunarLander"),
     "gravity": (dict(env_kwargs=dict(gravity=9)), "9"),
     "warp": (dict(eval_env_kwargs=dict(warp=9)), "9"),
