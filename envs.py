@@ -3473,7 +3473,7 @@ class Run:
     def log(self, step, scalars):
         """Write the scalars {tag: value} of an iteration that ended with `step`.
 
-        So are the means over its episodes, and how long its parts took.
+        With them go the means over its episodes, and how long its parts took.
         """
         self.last_step = self.step
         self.step = step
@@ -4397,6 +4397,10 @@ class Published:
     def stage(self):
         return int(self.latest[1])
 
+    @stage.setter
+    def stage(self, stage):
+        self.latest[1] = stage
+
     def publish(self, vector, version):
         self.slots[version % 2] = vector
         self.latest[0] = version  # if seen before the vector, as ARM may, a reader takes some old numbers unawares
@@ -4455,7 +4459,7 @@ class StreamPool:
 
     def set_stage(self, stage):
         """Another integer that workers find in what is published: in which stage they are to work."""
-        self.published.latest[1] = stage
+        self.published.stage = stage
 
     def take(self, count, stop=lambda: False):
         """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`.

@@ -1,9 +1,10 @@
 """What the three GRPO scripts learn, judged by Gymnasium's own lander. From the repository's root, in an hour:
 
     python benchmarks/grpo_learning.py                                     the three scripts with default flags
-    python benchmarks/grpo_learning.py --identical-g True False --plot docs/identical_starts.png \
-        --folder runs/identical_starts                                     identical starts, and different ones
-    python benchmarks/grpo_learning.py --env-ids SparseLunarLander         trained on the reward at the end only
+    python benchmarks/grpo_learning.py --env-ids DenseLunarLander --identical-g True False \
+        --plot docs/identical_starts.png --folder runs/identical_starts    identical starts, and different ones
+    python benchmarks/grpo_learning.py --env-ids SparseLunarLander \
+        --folder runs/grpo_sparse                                          trained on the reward at the end only
 
 Trains every script with seeds 1 to 5, two runs side by side with one torch thread each, by the command `python
 grpo_X.py --seed S` and no flags but those that the options above name. Prints the mean return over 100 held-out
