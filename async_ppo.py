@@ -326,11 +326,6 @@ def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
     return rewards / agent.novelty.return_stats.std()
 
 
-def approx_kl(logratio):
-    """KL(old || new), estimated from actions of the old policy, if none lags: http://joschu.net/blog/kl-approx.html."""
-    return (logratio.exp() - 1 - logratio).mean()
-
-
 # -------------------- Actors ------------------------------------------------------------------------------------------
 
 
@@ -486,7 +481,6 @@ if __name__ == "__main__":
         batch = [x.flatten(0, 1) for x in batch]  # (num_steps * num_envs, ...)
         b_obs, b_next_obs, b_actions, b_logprobs, b_lag_ratios, b_advantages, b_returns, b_values = batch
         losses = []  # of every minibatch
-        logratios = []
         kl_exceeded = False
         for epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
@@ -508,15 +502,18 @@ if __name__ == "__main__":
                     v_step = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (b_values[mb_inds] + v_step - b_returns[mb_inds]) ** 2)
                 v_loss = 0.5 * v_loss.mean()
-                # Entropy: at ent_coef 0 it is only logged, and its gradient would be a waste of time
-                with torch.set_grad_enabled(args.ent_coef > 0):
-                    entropy = policy.entropy().mean()
+                # Entropy
+                entropy = policy.entropy().mean()
                 loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
                 if args.rnd_coef and epoch == 0:  # the predictor's, once a batch, or soon nothing is novel
                     loss = loss + agent.novelty(b_next_obs.index_select(0, mb_inds), agent.obs_stats).mean()
-                losses.append(torch.stack([v_loss, pg_loss, entropy]).detach())
-                logratios.append(logratio.detach())
-                if args.target_kl is not None and average(approx_kl(logratio.detach())) > args.target_kl:
+                # How far the policy has moved: http://joschu.net/blog/kl-approx.html
+                old_approx_kl = (-logratio).mean()
+                approx_kl = (ratio - 1 - logratio).mean()
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                minibatch = [v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]
+                losses.append(torch.stack(minibatch).detach())
+                if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
                     kl_exceeded = True
                     break
                 weights.grad.zero_()
@@ -534,15 +531,14 @@ if __name__ == "__main__":
             actors.release()  # not before: they would be filled by the old weights
 
         # Log
-        v_loss, pg_loss, entropy = torch.stack(losses).mean(0)
-        logratio = torch.stack(logratios)
+        v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac = torch.stack(losses).mean(0)
         scalars = {
             "losses/value_loss": v_loss,
             "losses/policy_loss": pg_loss,
             "losses/entropy": entropy,
-            "losses/old_approx_kl": (-logratio).mean(),
-            "losses/approx_kl": approx_kl(logratio),
-            "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+            "losses/old_approx_kl": old_approx_kl,
+            "losses/approx_kl": approx_kl,
+            "losses/clipfrac": clipfrac,
             "losses/explained_variance": 1 - (returns - values)[..., 0].var() / returns[..., 0].var(),
             "charts/lag_mean": np.mean(lags),
             "charts/lag_max": max(lags),

@@ -1292,7 +1292,7 @@ LIDAR_STAT_CONTACT = 6
 LIDAR_STAT_TERMS = 7  # the first of them, the others follow
 
 # The two ratios cannot be summed up: in their columns, `totals` holds what they are computed from.
-LIDAR_SUM_STRAIGHT = LIDAR_STAT_COLLISIONS_PER_GOAL  # straight ways to the goals reached so far [m]
+LIDAR_SUM_SHORTEST = LIDAR_STAT_COLLISIONS_PER_GOAL  # shortest ways to the goals reached so far [m]
 LIDAR_SUM_DRIVEN = LIDAR_STAT_PATH_EFFICIENCY  # ways driven to them [m]
 
 # A wheel's gap to the speed that its motor asks for shrinks as exp(-t / LIDAR_WHEEL_LAG): the share that is left at the
@@ -1330,10 +1330,11 @@ class LidarState(NamedTuple):
     contact: np.ndarray  # (num_envs, n_agents), whether the last step ended a robot's way at something
     goal: np.ndarray  # (num_envs, n_agents, 2) [m]
     goal_age: np.ndarray  # (num_envs, n_agents), steps since the goal was set
-    straight: np.ndarray  # (num_envs, n_agents), from where the goal was set to the edge of its circle [m]
-    driven: np.ndarray  # (num_envs, n_agents), the way since then [m]
+    shortest: np.ndarray  # (num_envs, n_agents), way from where the goal was set to the edge of its circle [m]
+    driven: np.ndarray  # (num_envs, n_agents), way driven since then [m]
     obstacle: np.ndarray  # (num_envs, n_obstacles, 3), x, y and radius [m]
     door: np.ndarray  # (num_envs, n_walls, 2), along each inner wall, from where to where; 0, 0 without one [m]
+    way: np.ndarray  # (num_envs, n_agents, n_walls), from each door to the goal; inf without one [m]
     elapsed: np.ndarray  # (num_envs,), steps since the reset
     totals: np.ndarray  # (num_envs, len(stat_names)), sums over the episode so far
     rng: np.ndarray  # (num_envs, 2)
@@ -1373,6 +1374,17 @@ def _wall_above(column, row, params):
 
 
 @inlined
+def _rooms_beside(wall, params):
+    """Column and row of the room before a wall, and of the room behind it."""
+    n_right = params.rows * (params.columns - 1)
+    if wall < n_right:
+        column, row = wall % (params.columns - 1), wall // (params.columns - 1)
+        return column, row, column + 1, row
+    column, row = (wall - n_right) % params.columns, (wall - n_right) // params.columns
+    return column, row, column, row + 1
+
+
+@inlined
 def _draw_doors(env, params, state, reached):
     """Doors that connect all rooms: in the walls of a random spanning tree, and in some of the others.
 
@@ -1405,13 +1417,13 @@ def _draw_doors(env, params, state, reached):
 
     # Some more, and where along the walls all of them are
     for wall in range(door.shape[1]):
-        n_right = rows * (columns - 1)
-        if wall < n_right:
+        column, row, next_column, _ = _rooms_beside(wall, params)
+        if next_column > column:
             length = params.room_height
-            corner = wall // (columns - 1) * length
+            corner = row * length
         else:
             length = params.room_width
-            corner = (wall - n_right) % columns * length
+            corner = column * length
         if door[env, wall, 1] > 0.0 or _uniform(rng, env, 0.0, 1.0) < LIDAR_DOOR_SHARE:
             begin = corner + _uniform(rng, env, LIDAR_DOOR_MARGIN, length - LIDAR_DOOR_MARGIN - LIDAR_DOOR)
             door[env, wall, 0], door[env, wall, 1] = begin, begin + LIDAR_DOOR
@@ -1435,6 +1447,74 @@ def _overlaps(x, y, radius, disc, count):
 
 
 @kernel
+def _way_within(env, i, column, row, x, y, params, state):
+    """The length of the shortest way from (x, y), in this room, to the goal of robot i: straight, or by a door."""
+    goal = state.goal
+    door = state.door
+    way = state.way
+    goal_column = _cell(goal[env, i, 0], params.columns, params.width)
+    goal_row = _cell(goal[env, i, 1], params.rows, params.height)
+    if column == goal_column and row == goal_row:
+        return math.sqrt((goal[env, i, 0] - x) ** 2 + (goal[env, i, 1] - y) ** 2)
+    shortest = math.inf
+    for ahead in range(2):
+        if 0 <= column - 1 + ahead < params.columns - 1:
+            wall = _wall_right(column - 1 + ahead, row, params)
+            door_x = (column + ahead) * params.room_width
+            door_y = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
+            shortest = min(shortest, math.hypot(door_x - x, door_y - y) + way[env, i, wall])
+        if 0 <= row - 1 + ahead < params.rows - 1:
+            wall = _wall_above(column, row - 1 + ahead, params)
+            door_x = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
+            door_y = (row + ahead) * params.room_height
+            shortest = min(shortest, math.hypot(door_x - x, door_y - y) + way[env, i, wall])
+    return shortest
+
+
+@kernel
+def _find_ways(env, i, params, state):
+    """The ways from all doors to the goal of robot i, from door to door until none gets shorter (Bellman-Ford)."""
+    door = state.door
+    way = state.way
+    way[env, i] = math.inf
+    shorter = True
+    while shorter:
+        shorter = False
+        for wall in range(way.shape[2]):
+            if door[env, wall, 0] == door[env, wall, 1]:
+                continue
+            column, row, next_column, next_row = _rooms_beside(wall, params)
+            x = y = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
+            if next_column > column:
+                x = next_column * params.room_width
+            else:
+                y = next_row * params.room_height
+            length = min(
+                _way_within(env, i, column, row, x, y, params, state),
+                _way_within(env, i, next_column, next_row, x, y, params, state),
+            )
+            if length < way[env, i, wall]:
+                way[env, i, wall] = length
+                shorter = True
+
+
+@inlined
+def _way_to_goal(env, i, x, y, params, state):
+    """The length of the shortest way from (x, y) to the goal of robot i, through the middle of each door on it.
+
+    Doors that `reset` was given may lead nowhere: it is then the way through the walls.
+    """
+    way = math.inf
+    if state.way.shape[2] > 0:
+        column = _cell(x, params.columns, params.width)
+        row = _cell(y, params.rows, params.height)
+        way = _way_within(env, i, column, row, x, y, params, state)
+    if way == math.inf:
+        way = math.sqrt((state.goal[env, i, 0] - x) ** 2 + (state.goal[env, i, 1] - y) ** 2)
+    return way
+
+
+@kernel
 def _set_goal(env, i, params, state, disc):
     """A new goal for robot i, clear of the obstacles in `disc`; the distance asked for shrinks as tries fail."""
     position = state.position[env]
@@ -1450,16 +1530,15 @@ def _set_goal(env, i, params, state, disc):
         clearance = LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP
         if far and not (_near_wall(x, y, clearance, params) or _overlaps(x, y, clearance, disc, n_obstacles)):
             break
-    _begin_leg(env, i, state)
+    _begin_leg(env, i, params, state)
 
 
 @kernel
-def _begin_leg(env, i, state):
+def _begin_leg(env, i, params, state):
     """Robot i sets out for its goal from where it stands."""
-    position = state.position[env]
-    goal = state.goal[env]
-    distance = math.hypot(goal[i, 0] - position[i, 0], goal[i, 1] - position[i, 1])
-    state.straight[env, i] = max(distance - LIDAR_GOAL_RADIUS, 0.0)
+    _find_ways(env, i, params, state)
+    distance = _way_to_goal(env, i, state.position[env, i, 0], state.position[env, i, 1], params, state)
+    state.shortest[env, i] = max(distance - LIDAR_GOAL_RADIUS, 0.0)
     state.driven[env, i] = 0.0
     state.goal_age[env, i] = 0
 
@@ -1520,7 +1599,7 @@ def _lidar_reset(env, draw_doors, draw_obstacles, draw_positions, draw_headings,
         if draw_goals:
             _set_goal(env, i, params, state, disc)
         else:
-            _begin_leg(env, i, state)
+            _begin_leg(env, i, params, state)
     state.wheel[env] = 0.0
     state.contact[env] = False
     state.elapsed[env] = 0
@@ -1890,17 +1969,14 @@ def _lidar_observe(env, params, state, scratch, outputs):
 def _lidar_reward(env, params, state, scratch, outputs):
     """Rewards and statistics of the step, and a new goal for whoever has arrived."""
     position = state.position
-    goal = state.goal
     before = scratch.before
     terms = scratch.terms
     totals = state.totals
     n_agents = position.shape[1]
     for i in range(n_agents):
         # Reward terms
-        old = math.sqrt((goal[env, i, 0] - before[i, 0]) ** 2 + (goal[env, i, 1] - before[i, 1]) ** 2)
-        distance = math.sqrt(
-            (goal[env, i, 0] - position[env, i, 0]) ** 2 + (goal[env, i, 1] - position[env, i, 1]) ** 2
-        )
+        old = _way_to_goal(env, i, before[i, 0], before[i, 1], params, state)
+        distance = _way_to_goal(env, i, position[env, i, 0], position[env, i, 1], params, state)
         terms[i, LIDAR_PROGRESS] = old - distance
         terms[i, LIDAR_ARRIVAL] = distance <= LIDAR_GOAL_RADIUS
         terms[i, LIDAR_COLLISION] = -np.float64(scratch.touched[i])
@@ -1915,7 +1991,7 @@ def _lidar_reward(env, params, state, scratch, outputs):
         state.driven[env, i] += way
         if distance <= LIDAR_GOAL_RADIUS:
             totals[env, LIDAR_STAT_GOALS] += 1.0
-            totals[env, LIDAR_SUM_STRAIGHT] += state.straight[env, i]
+            totals[env, LIDAR_SUM_SHORTEST] += state.shortest[env, i]
             totals[env, LIDAR_SUM_DRIVEN] += state.driven[env, i]
             _set_goal(env, i, params, state, scratch.disc)
     totals[env, LIDAR_STAT_LENGTH] += 1.0
@@ -1937,13 +2013,13 @@ def _lidar_stats(n_agents, totals, stats):
     """The statistics of an episode that has ended, from its sums."""
     goals = totals[LIDAR_STAT_GOALS]
     collisions = totals[LIDAR_STAT_COLLISIONS]
-    straight = totals[LIDAR_SUM_STRAIGHT]
+    shortest = totals[LIDAR_SUM_SHORTEST]
     driven = totals[LIDAR_SUM_DRIVEN]
     stats[:] = totals
     stats[LIDAR_STAT_GOALS] = goals / n_agents
     stats[LIDAR_STAT_COLLISIONS] = collisions / n_agents
     stats[LIDAR_STAT_COLLISIONS_PER_GOAL] = collisions / max(goals, 1.0)
-    stats[LIDAR_STAT_PATH_EFFICIENCY] = straight / driven if driven > 0.0 else 0.0
+    stats[LIDAR_STAT_PATH_EFFICIENCY] = shortest / driven if driven > 0.0 else 0.0
     stats[LIDAR_STAT_CONTACT] = totals[LIDAR_STAT_CONTACT] / (n_agents * totals[LIDAR_STAT_LENGTH])
 
 
@@ -1994,7 +2070,7 @@ class LidarNavigation(NativeVectorEnv):
     A robot within LIDAR_GOAL_RADIUS of its goal has arrived and gets a new goal in the same step. Reward of a robot:
     the weighted sum of these terms.
 
-        progress      decrease of the distance to the goal in this step [m]
+        progress      decrease of the way to the goal in this step [m]
         arrival       1 on arrival
         collision     -1 on a step in contact
         time          -1
@@ -2005,14 +2081,15 @@ class LidarNavigation(NativeVectorEnv):
         goals                  arrivals per robot
         collisions             how often a robot came into contact, per robot
         collisions_per_goal    how often any robot came into contact, over all arrivals (at least 1)
-        path_efficiency        of the goals reached, the straight ways from where each was set to the edge of its
+        path_efficiency        of the goals reached, the shortest ways from where each was set to the edge of its
                                circle, over the ways driven for them; 0 if none was reached
         contact                share of steps in contact, mean over robots
         reward_<term>          the weighted reward terms, means over robots; they add up to r
 
     With `rooms`, a text like "3x2" (columns along x, rows along y; 0: none), thin inner walls divide the arena into
     equal rooms, at least LIDAR_ROOM_SIDE wide and high. New doors, LIDAR_DOOR wide, connect all of them in every
-    episode. Distances to goals are those through the walls.
+    episode. The goal is still observed straight, through the walls, but what the reward's progress and the path
+    efficiency are about is the shortest way through the doors.
 
     Every episode has new obstacles, with gaps that a robot can pass, new starts and new goals. `reset(options=
     {"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "goal": (num_envs, n_agents, 2), "obstacle":
@@ -2129,10 +2206,11 @@ class LidarNavigation(NativeVectorEnv):
             contact=np.zeros((num_envs, n_agents), bool),
             goal=np.zeros((num_envs, n_agents, 2)),
             goal_age=np.zeros((num_envs, n_agents), np.int64),
-            straight=np.zeros((num_envs, n_agents)),
+            shortest=np.zeros((num_envs, n_agents)),
             driven=np.zeros((num_envs, n_agents)),
             obstacle=np.zeros((num_envs, n_obstacles, 3)),
             door=np.zeros((num_envs, n_walls, 2)),
+            way=np.zeros((num_envs, n_agents, n_walls)),
             elapsed=np.zeros(num_envs, np.int64),
             totals=np.zeros((num_envs, len(self.stat_names))),
             rng=np.zeros((num_envs, 2), np.int64),

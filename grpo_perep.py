@@ -186,11 +186,6 @@ def compute_advantages(rewards, alive):
     return (episode * alive).float()
 
 
-def approx_kl(logratio):
-    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
-    return (logratio.exp() - 1 - logratio).mean()
-
-
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     _, world_size, device = setup(args)
@@ -275,7 +270,6 @@ if __name__ == "__main__":
             b_logprobs = agent.get_policy(b_obs).log_prob(b_actions)
             b_reference = reference.get_policy(b_obs).logprobs  # (batch, n_actions)
         losses = []  # of every minibatch
-        logratios = []
         kl_exceeded = False
         for _ in range(args.update_epochs):
             # Not chunk: in a torchrun every process has as many minibatches, whatever its number of steps
@@ -292,13 +286,16 @@ if __name__ == "__main__":
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
                 # KL divergence from the reference policy
                 kl = policy.kl(Categorical(b_reference.index_select(0, mb_inds), agent.first_action)).mean()
-                # Entropy: at ent_coef 0 it is only logged, and its gradient would be a waste of time
-                with torch.set_grad_enabled(args.ent_coef > 0):
-                    entropy = policy.entropy().mean()
+                # Entropy
+                entropy = policy.entropy().mean()
                 loss = pg_loss - args.ent_coef * entropy + kl_coef * kl
-                losses.append(torch.stack([pg_loss, entropy, kl]).detach())
-                logratios.append(logratio.detach())
-                if args.target_kl is not None and average(approx_kl(logratio.detach())) > args.target_kl:
+                # How far the policy has moved: http://joschu.net/blog/kl-approx.html
+                old_approx_kl = (-logratio).mean()
+                approx_kl = (ratio - 1 - logratio).mean()
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                minibatch = [pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac]
+                losses.append(torch.stack(minibatch).detach())
+                if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
                     kl_exceeded = True
                     break
                 weights.grad.zero_()
@@ -308,21 +305,21 @@ if __name__ == "__main__":
                 optimizer.step()
             if kl_exceeded:
                 break
-        pg_loss, entropy, kl = average(torch.stack(losses).mean(0))
+        means = average(torch.stack(losses).mean(0))
+        pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac = means
         kl_coef *= args.kl_adjust if kl > args.kl_coef_target else 1 / args.kl_adjust
         kl_coef = min(max(kl_coef, 1e-4), 1.0)
 
         # Log
-        logratio = torch.cat(logratios)
         scalars = {
             "losses/policy_loss": pg_loss,
             "losses/entropy": entropy,
             "losses/kl": kl,
             "losses/kl_coef": kl_coef,
-            "losses/old_approx_kl": (-logratio).mean(),
-            "losses/approx_kl": approx_kl(logratio),
-            "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
-            "losses/minibatches": len(logratios),  # fewer than all where target_kl ended the update
+            "losses/old_approx_kl": old_approx_kl,
+            "losses/approx_kl": approx_kl,
+            "losses/clipfrac": clipfrac,
+            "losses/minibatches": len(losses),  # fewer than all where target_kl ended the update
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/episodic_return": (rewards[:length] * alive[:length]).sum(0).mean(),  # of those cut off as well
             "charts/episodic_length": len(b_obs) / num_envs,

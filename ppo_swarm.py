@@ -16,8 +16,6 @@ it departs from CleanRL's ppo_continuous_action.py:
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
    dones[t] is 1 if an episode ended with step t; CleanRL's, if one began.
 4. Observations and rewards are neither normalised nor clipped; with team_reward the agents share rewards, at first.
-5. With guess_coef the policy also guesses what its agent does not see, which is known in training only.
-6. The logged losses are means over the update's minibatches, and target_kl is tested before every gradient step.
 """
 
 import math
@@ -259,11 +257,6 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
     return advantages
 
 
-def approx_kl(logratio):
-    """KL(old || new), estimated from actions of the old policy: http://joschu.net/blog/kl-approx.html."""
-    return (logratio.exp() - 1 - logratio).mean()
-
-
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     rank, world_size, device = setup(args)
@@ -275,7 +268,6 @@ if __name__ == "__main__":
     # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
     seed = args.seed + (rank << 32)  # no other rank's: --seed is below 2**32
     observations, infos = envs.reset(seed=seed, options={"stagger": True})
-    next_obs, next_neighbors = to_tensors(observations, infos, device)
 
     torch.manual_seed(args.seed)
     agent = Agent(args, envs).to(device)
@@ -292,6 +284,7 @@ if __name__ == "__main__":
 
     # Storage
     shape = (args.num_steps, args.num_envs, args.n_agents)
+    next_obs, next_neighbors = to_tensors(observations, infos, device)
     obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
     neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
     raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
@@ -309,7 +302,6 @@ if __name__ == "__main__":
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             envs = stages[run.stage]
             observations, infos = envs.set_state(run.own["envs"])
-            next_obs, next_neighbors = to_tensors(observations, infos, device)
 
     for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
         remaining = 1 - (iteration - 1) / num_iterations  # share of the training
@@ -320,17 +312,15 @@ if __name__ == "__main__":
         # Rollout
         run.clock("rollout")
         for step in range(args.num_steps):
-            obs[step] = next_obs
-            neighbors[step] = next_neighbors
+            obs[step], neighbors[step] = to_tensors(observations, infos, device)
             if envs.unseen_dim:
                 unseen[step] = torch.from_numpy(infos["unseen"])
             with torch.no_grad():
-                policy = agent.get_policy(next_obs, next_neighbors)
+                policy = agent.get_policy(obs[step], neighbors[step])
                 raw_actions[step] = policy.sample()
                 logprobs[step] = policy.log_prob(raw_actions[step])
                 actions = policy.squash(raw_actions[step]).cpu().numpy()
             observations, reward, terminations, truncations, infos = envs.step(actions)
-            next_obs, next_neighbors = to_tensors(observations, infos, device)
             rewards[step] = torch.from_numpy(reward + team_share * (reward.mean(-1, keepdims=True) - reward))
             dones[step, :, 0] = torch.from_numpy(terminations | truncations)
             # Bootstrap what a time limit cut off
@@ -347,7 +337,7 @@ if __name__ == "__main__":
         # Advantages
         with torch.no_grad():
             values[:] = agent.get_value(obs.flatten(0, 1), neighbors.flatten(0, 1)).view(shape)
-            last_value = agent.get_value(next_obs, next_neighbors)
+            last_value = agent.get_value(*to_tensors(observations, infos, device))
         advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
@@ -357,7 +347,6 @@ if __name__ == "__main__":
         batch = [x.flatten(0, 1) for x in batch]  # (num_steps * num_envs, ...)
         b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values, b_unseen = batch
         losses = []  # of every minibatch
-        logratios = []
         kl_exceeded = False
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
@@ -380,15 +369,18 @@ if __name__ == "__main__":
                     v_step = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (b_values[mb_inds] + v_step - b_returns[mb_inds]) ** 2)
                 v_loss = 0.5 * v_loss.mean()
-                # Entropy: at ent_coef 0 it is only logged, and its gradient would be a waste of time
-                with torch.set_grad_enabled(args.ent_coef > 0):
-                    entropy = policy.entropy().mean()
+                # Entropy
+                entropy = policy.entropy().mean()
                 # The guess of what the agents do not see
                 guess_loss = ((policy.guess - b_unseen[mb_inds]) ** 2).sum(-1).mean()
                 loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
-                losses.append(torch.stack([v_loss, pg_loss, entropy, guess_loss]).detach())
-                logratios.append(logratio.detach())
-                if args.target_kl is not None and average(approx_kl(logratio.detach())) > args.target_kl:
+                # How far the policy has moved: http://joschu.net/blog/kl-approx.html
+                old_approx_kl = (-logratio).mean()
+                approx_kl = (ratio - 1 - logratio).mean()
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                minibatch = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
+                losses.append(torch.stack(minibatch).detach())
+                if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
                     kl_exceeded = True
                     break
                 weights.grad.zero_()
@@ -400,16 +392,15 @@ if __name__ == "__main__":
                 break
 
         # Log
-        v_loss, pg_loss, entropy, guess_loss = torch.stack(losses).mean(0)
-        logratio = torch.stack(logratios)
+        v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac = torch.stack(losses).mean(0)
         scalars = {
             "losses/value_loss": v_loss,
             "losses/policy_loss": pg_loss,
             "losses/entropy": entropy,
             "losses/guess_loss": guess_loss,
-            "losses/old_approx_kl": (-logratio).mean(),
-            "losses/approx_kl": approx_kl(logratio),
-            "losses/clipfrac": ((logratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+            "losses/old_approx_kl": old_approx_kl,
+            "losses/approx_kl": approx_kl,
+            "losses/clipfrac": clipfrac,
             "losses/explained_variance": 1 - (returns - values).var() / returns.var(),
             "losses/std": agent.actor_logstd.detach().exp().mean(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -421,7 +412,6 @@ if __name__ == "__main__":
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
             observations, infos = envs.reset(seed=seed + run.step, options={"stagger": True})
-            next_obs, next_neighbors = to_tensors(observations, infos, device)
 
         # Checkpoint
         if run.checkpoint_due():

@@ -1,20 +1,24 @@
 """What ppo_swarm.py and ppo_swarm_lstm.py learn on LidarNavigation. From the repository's root, on 2 cores:
 
-    python benchmarks/lidar_learning.py                                         the goal always shown, an hour
-    python benchmarks/lidar_learning.py --hide --folder runs/lidar_hide         a goal that hides, two hours
+    python benchmarks/lidar_learning.py                     the default world, an hour
+    python benchmarks/lidar_learning.py --world hidden      goals that hide, two hours
+    python benchmarks/lidar_learning.py --world rooms       six rooms, two hours
+    python benchmarks/lidar_learning.py --world narrow      20 robots in a narrow arena, two hours
 
-The second one shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision
-costs 0.3. There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same
-without that guess, a curriculum in its place, with goals that hide ever sooner, and the network without memory.
+hidden shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision costs 0.3.
+There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same without that
+guess, a curriculum in its place, with goals that hide ever sooner, and the network without memory. narrow compares what
+robots do alone, with what they do when they know where their 4 nearest neighbours are, and when these send messages.
 
 Trains two runs side by side with one torch thread each, and prints what the best policy of each run does in 400
 held-out episodes, mean over seeds with its 95% bootstrap interval, beside the baselines. Minutes are wall time of the
-whole command. A run that is already complete under --folder is not trained again.
+whole command. A run that is already complete in the folder is not trained again.
 """
 
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -24,20 +28,41 @@ import envs
 
 MLP = (
     "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-steps 32 --num-minibatches 16 "
-    "--learning-rate 7e-4 --total-timesteps 12000000 --eval-every 1000000"
+    "--learning-rate 7e-4 --eval-every 1000000"
 )
 MEMORY = (
     "--share-lstm --num-steps 128 --num-envs 16 --learning-rate 2e-3 --num-minibatches 8 "
     "--total-timesteps 6000000 --eval-every 1000000"
 )
-SHOWN = {"mlp": ("ppo_swarm", MLP), "lstm": ("ppo_swarm_lstm", "")}
-HIDDEN = {
-    "lstm, guessing": ("ppo_swarm_lstm", f"{MEMORY} --guess-coef 1.5"),
-    "lstm, stages": ("ppo_swarm_lstm", f"{MEMORY} --train-kwargs goal_visible_steps 200,60,25"),
-    "lstm": ("ppo_swarm_lstm", MEMORY),
-    "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 6000000"),
+NEIGHBORS = {"n_neighbors": 4}
+COMMANDS = {  # of each world: {name: (script, flags, what is added to the world)}
+    "shown": {
+        "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 12000000", {}),
+        "lstm": ("ppo_swarm_lstm", "", {}),
+    },
+    "hidden": {
+        "lstm, guessing": ("ppo_swarm_lstm", f"{MEMORY} --guess-coef 1.5", {}),
+        "lstm, stages": ("ppo_swarm_lstm", f"{MEMORY} --train-kwargs goal_visible_steps 200,60,25", {}),
+        "lstm": ("ppo_swarm_lstm", MEMORY, {}),
+        "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 6000000", {}),
+    },
+    "rooms": {
+        "lstm": ("ppo_swarm_lstm", "", {}),
+        "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 8000000", {}),
+    },
+    "narrow": {
+        "alone": ("ppo_swarm", f"{MLP} --total-timesteps 8000000", {}),
+        "neighbours": ("ppo_swarm", f"{MLP} --total-timesteps 8000000", NEIGHBORS),
+        "messages": ("ppo_swarm", f"{MLP} --total-timesteps 8000000 --policy gnn", NEIGHBORS),
+    },
 }
-HIDING = {"goal_visible_steps": 25, "max_steps": 200, "n_obstacles": 0, "collision_weight": 0.3}
+WORLDS = {
+    "shown": {},
+    "hidden": {"goal_visible_steps": 25, "max_steps": 200, "n_obstacles": 0, "collision_weight": 0.3},
+    "rooms": {"rooms": "3x2"},
+    "narrow": {"width": 5.0, "height": 4.0, "n_obstacles": 4},
+}
+N_AGENTS = {"shown": 10, "hidden": 10, "rooms": 10, "narrow": 20}
 EPISODES = 400  # that a policy is judged on, because single ones differ by far
 METRICS = {
     "r": "return",
@@ -50,10 +75,10 @@ METRICS = {
 
 @dataclass
 class Options:
-    folder: Path = Path("runs/lidar_learning")  # where the runs go
+    world: Literal["shown", "hidden", "rooms", "narrow"] = "shown"  # what is learned
+    folder: Path | None = None  # where the runs go; None: runs/lidar_ and the world
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    networks: tuple[str, ...] = ("mlp", "lstm", "lstm, stages", "lstm, guessing")  # those that there are
-    hide: bool = False  # a goal that hides, instead
+    policies: tuple[str, ...] = ()  # some of the world's, as in "lstm, stages"; none: all
 
 
 def judge(make_policy, **env_kwargs):
@@ -65,32 +90,39 @@ def judge(make_policy, **env_kwargs):
 
 
 def main(options):
-    env_kwargs = HIDING if options.hide else {}
-    commands = HIDDEN if options.hide else SHOWN
-    commands = {name: command for name, command in commands.items() if name in options.networks}
-    hiding = " ".join(["--env-kwargs", *(f"{name} {value}" for name, value in HIDING.items())]) if options.hide else ""
+    world = WORLDS[options.world]
+    n_agents = N_AGENTS[options.world]
+    folder = options.folder or Path(f"runs/lidar_{options.world}")
+    commands = {}  # {policy: (script, its flags)}
+    env_kwargs = {}  # {policy: what it is judged in}
+    for name, (script, flags, more) in COMMANDS[options.world].items():
+        if not options.policies or name in options.policies:
+            env_kwargs[name] = world | more
+            pairs = " ".join(f"{key} {value}" for key, value in env_kwargs[name].items())
+            flags = f"{flags} --n-agents {n_agents}"
+            commands[name] = (script, f"{flags} --env-kwargs {pairs}" if pairs else flags)
 
     def run(name, seed):
         script, flags = commands[name]
-        folder = options.folder / f"{name}-{seed}".replace(", ", "-")
-        return train(f"{script}.py", f"--seed {seed} {flags} {hiding}", folder)
+        return train(f"{script}.py", f"--seed {seed} {flags}", folder / f"{name}-{seed}".replace(", ", "-"))
 
     runs = two_at_once(run, product(commands, options.seeds))
     for script, flags in commands.values():
-        print(f"    python {script}.py --seed S {flags} {hiding}")
+        print(f"    python {script}.py --seed S {flags}")
     print(f"\n{EPISODES} held-out episodes; means over seeds {options.seeds} with their 95% intervals\n")
     print_head("policy", *METRICS.values(), "worst seeds: goals, collisions per goal", "minutes")
     for name, (script, _) in commands.items():
-        scores = [
-            judge(load_policy(script, runs[name, seed].path / "model.pt"), **env_kwargs) for seed in options.seeds
-        ]
+        scores = []
+        for seed in options.seeds:
+            make_policy = load_policy(script, runs[name, seed].path / "model.pt")
+            scores.append(judge(make_policy, n_agents=n_agents, **env_kwargs[name]))
         cells = [mean_and_interval([score[metric] for score in scores]) for metric in METRICS]
         fewest = min(score["goals"] for score in scores)
         most = max(score["collisions_per_goal"] for score in scores)
         minutes = np.mean([runs[name, seed].minutes for seed in options.seeds])
         print_row(name, *cells, f"{fewest:.3f}, {most:.3f}", f"{minutes:.1f}")
     for name, (make_policy, _) in envs.baselines("LidarNavigation").items():
-        score = judge(make_policy, **env_kwargs)
+        score = judge(make_policy, n_agents=n_agents, **world)
         print_row(name, *(f"{score[metric]:.3f}" for metric in METRICS), "", "")
 
 

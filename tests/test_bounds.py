@@ -36,6 +36,8 @@ play(3, "Swarm", n_agents=100, speed=1e6, dt=1e6)
     "LidarNavigation": """
 play(30, "LidarNavigation", n_agents=20, max_steps=20)
 play(3, "LidarNavigation", far=-1e9, n_agents=20)
+play(30, "LidarNavigation", n_agents=12, n_obstacles=0, n_neighbors=4, rooms="3x2", max_steps=20)
+play(3, "LidarNavigation", far=-1e9, n_agents=12, n_obstacles=0, rooms="3x2")
 """,
     "VmasNavigation": """
 play(30, "VmasNavigation", n_agents=10, max_steps=20)

@@ -698,6 +698,54 @@ def test_a_robot_slides_off_the_post_of_a_door():
     assert x > 4.5 and y == pytest.approx(3.2, abs=0.01)
 
 
+def shortest_way(vector, env, start, goal):
+    """From start to goal through the middles of doors, by Floyd's and Warshall's algorithm."""
+    columns, rows = vector.params.columns, vector.params.rows
+    side = np.array([vector.params.room_width, vector.params.room_height])
+    points, rooms = [start, goal], [{tuple((start // side).astype(int))}, {tuple((goal // side).astype(int))}]
+    for (one, other, axis), (begin, end) in zip(walls(columns, rows), vector.get_state()["door"][env], strict=True):
+        if end > begin:
+            middle = np.full(2, 0.5 * (begin + end))
+            middle[axis] = other[axis] * side[axis]
+            points.append(middle)
+            rooms.append({one, other})
+    ways = np.full((len(points), len(points)), np.inf)
+    for a in range(len(points)):
+        for b in range(len(points)):
+            if rooms[a] & rooms[b]:
+                ways[a, b] = math.dist(points[a], points[b])
+    for via in range(len(points)):
+        ways = np.minimum(ways, ways[:, via, None] + ways[None, via])
+    return ways[0, 1]
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(2, 1), (1, 3), (3, 2), (4, 4)])
+def test_progress_is_made_on_the_shortest_way_through_the_doors(columns, rows):
+    sizes = dict(n_agents=3, n_obstacles=0, width=2.0 * columns + 1.0, height=2.0 * rows + 1.0)
+    weights = dict(arrival_weight=0.0, collision_weight=0.0, time_weight=0.0)
+    vector = make(4, rooms=f"{columns}x{rows}", **sizes, **weights)
+    vector.reset(seed=0)
+    through_doors = 0
+    for action in random_actions(vector, 60, low=0.2):
+        before = vector.get_state()
+        _, rewards, *_ = vector.step(action)
+        after = vector.get_state()
+        for env, i in np.ndindex(4, 3):
+            goal = before["goal"][env, i]
+            old, new = (shortest_way(vector, env, state["position"][env, i], goal) for state in (before, after))
+            assert rewards[env, i] == pytest.approx(old - new, abs=1e-6)
+            through_doors += old > math.dist(before["position"][env, i], goal) + 1e-9
+    assert through_doors > 100
+
+
+def test_behind_doors_that_lead_nowhere_progress_is_made_through_the_wall():
+    vector = make(n_agents=1, n_obstacles=0, rooms="2x1", collision_weight=0.0, time_weight=0.0)
+    start = {"position": [[[1, 3]]], "goal": [[[7, 3]]], "heading": [[0.0]], "door": [[[0.0, 0.0]]]}
+    vector.reset(seed=0, options=start)
+    _, rewards, *_ = vector.step(np.ones((1, 1, 2)))
+    assert rewards[0, 0] == pytest.approx(vector.get_state()["position"][0, 0, 0] - 1, abs=1e-6) and rewards[0, 0] > 0
+
+
 def test_one_room_is_the_arena_without():
     one, none = make(2, rooms="1x1"), make(2)
     assert np.array_equal(one.reset(seed=0)[0], none.reset(seed=0)[0])
@@ -725,7 +773,7 @@ def test_renaming_the_robots_renames_everything(sizes):
     state = vector.get_state()
     n_agents = state["position"].shape[1]
     names = np.random.default_rng(0).permutation(n_agents)
-    per_robot = ("position", "direction", "wheel", "contact", "goal", "goal_age", "straight", "driven")
+    per_robot = ("position", "direction", "wheel", "contact", "goal", "goal_age", "way", "shortest", "driven")
     renamed.reset(seed=1)
     renamed.set_state(state | {name: state[name][:, names] for name in per_robot})
     for action in random_actions(vector, 25, low=-0.2):
