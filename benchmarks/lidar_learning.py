@@ -47,8 +47,8 @@ COMMANDS = {  # of each world: {name: (script, flags, what is added to the world
         "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 6000000", {}),
     },
     "rooms": {
-        "lstm": ("ppo_swarm_lstm", "", {}),
-        "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 8000000", {}),
+        "lstm": ("ppo_swarm_lstm", "--total-timesteps 6000000 --eval-every 1000000", {}),
+        "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 6000000", {}),
     },
     "narrow": {
         "alone": ("ppo_swarm", f"{MLP} --total-timesteps 8000000", {}),
