@@ -4,7 +4,7 @@
         --env-id LunarLander --eval-env-id LunarLander-v3 ...   the fast lander: docs/async.md has its flags
         --num-actors 0                          the same algorithm, synchronous: collect, learn, collect, ...
         --vtrace                                correct the returns for the lag of the policy that acted
-        --rnd-coef 1                            explore, by Random Network Distillation
+        --rnd-coef 1 --no-norm-adv              explore, by Random Network Distillation
         --evaluate runs/NAME/model.pt
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has actors of its own
     tensorboard --logdir runs
@@ -14,7 +14,7 @@ leaves this fragment in shared memory and goes on with the next. The learner tra
 which they come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from
 ppo_swarm.py:
 
-1. One agent to an environment, actions discrete or continuous; rewards may be scaled, observations normalised.
+1. One agent to an environment, actions discrete or continuous; rewards and observations may be normalised.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
    Fragments with more than max_lag are thrown away; an actor whose fragments are all full waits.
 3. The probability ratio to the policy that acted has two factors (decoupled PPO, arXiv 2110.00641): that of the
@@ -96,6 +96,7 @@ class Args:
     vtrace: bool = False  # correct the returns by V-trace
     rnd_coef: float = 0.0  # weight of the intrinsic advantages; 0 is without Random Network Distillation
     rnd_gamma: float = 0.99  # discount of the intrinsic rewards
+    norm_reward: bool = False  # rewards are divided by the deviation of their discounted sums so far
     norm_obs: bool = False  # the networks see observations normalised by the mean and deviation of all up to then
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 10  # epochs over a batch
@@ -149,8 +150,10 @@ class Agent(nn.Module):
             self.actor_logstd = nn.Parameter(torch.full(space.shape, args.init_logstd))
             self.register_buffer("action_low", torch.tensor(space.low), persistent=False)
             self.register_buffer("action_high", torch.tensor(space.high), persistent=False)
-        self.critic = mlp(n_in, args.hidden_dim, 2 if args.rnd_coef else 1, std=1.0)
+        heads = 2 if args.rnd_coef else 1
+        self.critic = mlp(n_in, args.hidden_dim, heads, std=1.0)
         self.novelty = Novelty(n_in, args.hidden_dim) if args.rnd_coef else None
+        self.return_stats = RunningStats(heads) if args.rnd_coef or args.norm_reward else None
         self.obs_stats = RunningStats(n_in)
         # Without gradients, but parameters: the vector of weights, which actors read, then holds them
         self.obs_mean = nn.Parameter(torch.zeros(n_in), requires_grad=False)
@@ -248,7 +251,6 @@ class Novelty(nn.Module):
         super().__init__()
         self.target = mlp(n_in, hidden, hidden, std=2**0.5).requires_grad_(False)
         self.predictor = mlp(n_in, hidden, hidden, std=2**0.5)
-        self.return_stats = RunningStats(1)
 
     def forward(self, obs, obs_stats):
         """(..., obs_dim) to the squared error (...,)."""
@@ -308,13 +310,12 @@ def compute_gae(rewards, values, last_value, final_values, dones, rhos, gamma, g
     return advantages, returns
 
 
-def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
-    """(num_steps, num_envs): how novel next_obs is, over the standard deviation of the discounted sums of that.
+def update_return_stats(stats, rewards, dones, sums, owners, gamma, world_size):
+    """Update stats by the discounted sums of rewards; rewards and dones are (num_steps, num_envs, heads).
 
-    sums (num_actors, num_envs / num_actors) holds each environment's sum up to now; owners are the batch's actors.
+    sums (num_actors, num_envs / num_actors, heads) holds each environment's sum so far, which ends where dones is 1;
+    owners are the batch's actors.
     """
-    with torch.no_grad():
-        rewards = agent.novelty(next_obs, agent.obs_stats)
     returns = torch.empty_like(rewards)
     width = sums.shape[1]
     for i, actor in enumerate(owners):  # one by one: an actor that is fast may own several, one after the other
@@ -322,8 +323,8 @@ def intrinsic_rewards(agent, next_obs, sums, owners, gamma, world_size):
         for t in range(len(rewards)):
             sums[actor] = gamma * sums[actor] + rewards[t, columns]
             returns[t, columns] = sums[actor]
-    agent.novelty.return_stats.update(returns.view(-1, 1), world_size)
-    return rewards / agent.novelty.return_stats.std()
+            sums[actor] = (1 - dones[t, columns]) * sums[actor]
+    stats.update(returns.flatten(0, 1), world_size)
 
 
 # -------------------- Actors ------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ if __name__ == "__main__":
     # Heads of the critic: the environment's rewards and, with rnd_coef, the intrinsic ones
     gammas = torch.tensor([args.gamma, args.rnd_gamma] if args.rnd_coef else [args.gamma], device=device)
     coefs = torch.tensor([1.0, args.rnd_coef] if args.rnd_coef else [1.0], device=device)
-    novelty_sums = torch.zeros(max(1, args.num_actors), envs.num_envs, device=device)  # of each actor's environments
+    reward_sums = torch.zeros(max(1, args.num_actors), envs.num_envs, len(gammas), device=device)  # discounted, so far
 
     total_steps = num_iterations * steps_per_iteration
     run = Run(args, agent.make_policy, total_steps, args.eval_env_id, args.eval_env_kwargs)
@@ -403,7 +404,7 @@ if __name__ == "__main__":
         with run.restoring():
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
-            novelty_sums[...] = run.own["novelty_sums"]
+            reward_sums[...] = run.own["reward_sums"]
 
     # The actors; or, with none, what an actor has, in this process
     seeds = (args.seed, rank, run.step)
@@ -452,14 +453,22 @@ if __name__ == "__main__":
         dones = done.float().unsqueeze(-1)  # (num_steps, num_envs, heads), as rewards and values
         rewards = args.reward_scale * data["rewards"].unsqueeze(-1)
 
-        # Normalisation of observations and intrinsic rewards
+        # Normalisation, and intrinsic rewards
         next_obs = torch.where(done.unsqueeze(-1), data["final_obs"], data["obs"][1:])
         if args.rnd_coef or args.norm_obs:
             agent.obs_stats.update(next_obs.flatten(0, 1), world_size)
         if args.rnd_coef:
-            novelty = intrinsic_rewards(agent, next_obs, novelty_sums, owners, args.rnd_gamma, world_size)
+            with torch.no_grad():
+                novelty = agent.novelty(next_obs, agent.obs_stats)
             rewards = torch.cat([rewards, novelty.unsqueeze(-1)], dim=-1)
             dones = torch.cat([dones, torch.zeros_like(dones)], dim=-1)  # as in the paper, across episodes
+        if args.rnd_coef or args.norm_reward:
+            update_return_stats(agent.return_stats, rewards, dones, reward_sums, owners, gammas, world_size)
+            std = agent.return_stats.std()  # (heads,)
+            if args.norm_reward:  # the first rewards of an environment that seldom gives any would be huge
+                rewards[..., 0] = (rewards[..., 0] / std[0]).clamp(-10, 10)
+            if args.rnd_coef:
+                rewards[..., 1] = rewards[..., 1] / std[1]
 
         # Advantages: the policy before the update may be a later one than that which acted
         final_values = torch.zeros_like(rewards)
@@ -511,8 +520,7 @@ if __name__ == "__main__":
                 old_approx_kl = (-logratio).mean()
                 approx_kl = (ratio - 1 - logratio).mean()
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                minibatch = [v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]
-                losses.append(torch.stack(minibatch).detach())
+                losses.append(torch.stack([v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]).detach())
                 if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
                     kl_exceeded = True
                     break
@@ -548,7 +556,7 @@ if __name__ == "__main__":
         if not agent.discrete:
             scalars["losses/std"] = agent.actor_logstd.detach().exp().mean()
         if args.rnd_coef:
-            scalars["losses/novelty"] = novelty.mean()
+            scalars["losses/novelty"] = rewards[..., 1].mean()
         stats = data["stats"].movedim(-1, 0).cpu().numpy()  # (len(stat_names), num_steps, num_envs)
         run.add_episodes(dict(zip(envs.stat_names, stats, strict=True)), done.cpu().numpy())
         run.log(iteration * steps_per_iteration, scalars)
@@ -565,7 +573,7 @@ if __name__ == "__main__":
         # Checkpoint: with actors one is kept after every iteration, and written if their deaths end the run in the next
         due = run.checkpoint_due()
         if due or args.num_actors:
-            own = {"novelty_sums": novelty_sums.cpu(), "envs": {}}
+            own = {"reward_sums": reward_sums.cpu(), "envs": {}}
             if not args.num_actors:
                 own["generator"] = generator.get_state()
                 own["envs"] = envs.get_state() if args.env_id in NATIVE_ENVS else {}

@@ -1269,6 +1269,7 @@ LIDAR_DOOR = 0.6  # width of a door: two robots pass each other [m]
 LIDAR_DOOR_MARGIN = 0.3  # between a door and the corners of its wall, at least [m]
 LIDAR_DOOR_SHARE = 0.3  # of the walls that could do without a door
 LIDAR_ROOM_SIDE = 1.5  # of a room, at least [m]
+LIDAR_MOST_ROOMS = 100
 LIDAR_PLACING_TRIES = 1000  # places tried for each robot, goal and obstacle
 LIDAR_CONTACT_DEPTH = 1e-4  # discs that overlap by less do not touch: what rounding leaves is no collision [m]
 LIDAR_CONTACT_PASSES = 50  # at most
@@ -1334,7 +1335,6 @@ class LidarState(NamedTuple):
     driven: np.ndarray  # (num_envs, n_agents), way driven since then [m]
     obstacle: np.ndarray  # (num_envs, n_obstacles, 3), x, y and radius [m]
     door: np.ndarray  # (num_envs, n_walls, 2), along each inner wall, from where to where; 0, 0 without one [m]
-    way: np.ndarray  # (num_envs, n_agents, n_walls), from each door to the goal; inf without one [m]
     elapsed: np.ndarray  # (num_envs,), steps since the reset
     totals: np.ndarray  # (num_envs, len(stat_names)), sums over the episode so far
     rng: np.ndarray  # (num_envs, 2)
@@ -1359,6 +1359,7 @@ class LidarScratch(NamedTuple):
     radio_start: np.ndarray  # (radio cells ** 2 + 1,), where each cell begins there
     nearest: np.ndarray  # (n_neighbors,), squared distances of a robot's nearest so far [m^2]
     reached: np.ndarray  # (n_rooms,), whether the random walk that draws doors has been there
+    door_way: np.ndarray  # (num_envs, n_agents, n_walls), from each door to the goal; inf without a door [m]
 
 
 @inlined
@@ -1446,79 +1447,92 @@ def _overlaps(x, y, radius, disc, count):
     return overlap
 
 
-@kernel
-def _way_within(env, i, column, row, x, y, params, state):
-    """The length of the shortest way from (x, y), in this room, to the goal of robot i: straight, or by a door."""
-    goal = state.goal
-    door = state.door
-    way = state.way
-    goal_column = _cell(goal[env, i, 0], params.columns, params.width)
-    goal_row = _cell(goal[env, i, 1], params.rows, params.height)
-    if column == goal_column and row == goal_row:
-        return math.sqrt((goal[env, i, 0] - x) ** 2 + (goal[env, i, 1] - y) ** 2)
-    shortest = math.inf
-    for ahead in range(2):
-        if 0 <= column - 1 + ahead < params.columns - 1:
-            wall = _wall_right(column - 1 + ahead, row, params)
-            door_x = (column + ahead) * params.room_width
-            door_y = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
-            shortest = min(shortest, math.hypot(door_x - x, door_y - y) + way[env, i, wall])
-        if 0 <= row - 1 + ahead < params.rows - 1:
-            wall = _wall_above(column, row - 1 + ahead, params)
-            door_x = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
-            door_y = (row + ahead) * params.room_height
-            shortest = min(shortest, math.hypot(door_x - x, door_y - y) + way[env, i, wall])
-    return shortest
-
-
-@kernel
-def _find_ways(env, i, params, state):
-    """The ways from all doors to the goal of robot i, from door to door until none gets shorter (Bellman-Ford)."""
-    door = state.door
-    way = state.way
-    way[env, i] = math.inf
-    shorter = True
-    while shorter:
-        shorter = False
-        for wall in range(way.shape[2]):
-            if door[env, wall, 0] == door[env, wall, 1]:
-                continue
-            column, row, next_column, next_row = _rooms_beside(wall, params)
-            x = y = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
-            if next_column > column:
-                x = next_column * params.room_width
-            else:
-                y = next_row * params.room_height
-            length = min(
-                _way_within(env, i, column, row, x, y, params, state),
-                _way_within(env, i, next_column, next_row, x, y, params, state),
-            )
-            if length < way[env, i, wall]:
-                way[env, i, wall] = length
-                shorter = True
+@inlined
+def _by_door(env, i, across, along, wall, line, door, door_way):
+    """The way to the goal of robot i through a wall's door, from a place given across and along the wall at `line`."""
+    middle = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
+    return math.hypot(line - across, middle - along) + door_way[env, i, wall]
 
 
 @inlined
-def _way_to_goal(env, i, x, y, params, state):
-    """The length of the shortest way from (x, y) to the goal of robot i, through the middle of each door on it.
+def _way_within(env, i, column, row, x, y, params, state, door_way):
+    """The shortest way from (x, y), in this room, to the goal of robot i: straight, or by a door; inf without one."""
+    door = state.door
+    goal_x, goal_y = state.goal[env, i, 0], state.goal[env, i, 1]
+    goal_column = _cell(goal_x, params.columns, params.width)
+    goal_row = _cell(goal_y, params.rows, params.height)
+    way = math.inf
+    if column == goal_column and row == goal_row:
+        way = math.sqrt((goal_x - x) ** 2 + (goal_y - y) ** 2)
+    else:
+        if column > 0:
+            wall = _wall_right(column - 1, row, params)
+            way = min(way, _by_door(env, i, x, y, wall, column * params.room_width, door, door_way))
+        if column < params.columns - 1:
+            wall = _wall_right(column, row, params)
+            way = min(way, _by_door(env, i, x, y, wall, (column + 1) * params.room_width, door, door_way))
+        if row > 0:
+            wall = _wall_above(column, row - 1, params)
+            way = min(way, _by_door(env, i, y, x, wall, row * params.room_height, door, door_way))
+        if row < params.rows - 1:
+            wall = _wall_above(column, row, params)
+            way = min(way, _by_door(env, i, y, x, wall, (row + 1) * params.room_height, door, door_way))
+    return way
+
+
+@kernel
+def _find_ways(env, i, params, state, door_way):
+    """The ways from all doors to the goal of robot i, from door to door until none gets shorter (Bellman-Ford)."""
+    door = state.door
+    door_way[env, i] = math.inf
+    shorter = True
+    while shorter:
+        shorter = False
+        for wall in range(door.shape[1]):
+            if door[env, wall, 0] >= door[env, wall, 1]:
+                continue
+            column, row, next_column, next_row = _rooms_beside(wall, params)
+            middle = 0.5 * (door[env, wall, 0] + door[env, wall, 1])
+            if next_column > column:
+                x, y = next_column * params.room_width, middle
+            else:
+                x, y = middle, next_row * params.room_height
+            way = door_way[env, i, wall]
+            way = min(way, _way_within(env, i, column, row, x, y, params, state, door_way))
+            way = min(way, _way_within(env, i, next_column, next_row, x, y, params, state, door_way))
+            shorter |= way < door_way[env, i, wall]
+            door_way[env, i, wall] = way
+
+
+@kernel
+def _find_all_ways(params, state, door_way):
+    for env in range(door_way.shape[0]):
+        for i in range(door_way.shape[1]):
+            _find_ways(env, i, params, state, door_way)
+
+
+@inlined
+def _way_to_goal(env, i, x, y, params, state, door_way):
+    """The shortest way from (x, y) to the goal of robot i, through the middle of each door on it.
 
     Doors that `reset` was given may lead nowhere: it is then the way through the walls.
     """
     way = math.inf
-    if state.way.shape[2] > 0:
+    if door_way.shape[2] > 0:
         column = _cell(x, params.columns, params.width)
         row = _cell(y, params.rows, params.height)
-        way = _way_within(env, i, column, row, x, y, params, state)
+        way = _way_within(env, i, column, row, x, y, params, state, door_way)
     if way == math.inf:
         way = math.sqrt((state.goal[env, i, 0] - x) ** 2 + (state.goal[env, i, 1] - y) ** 2)
     return way
 
 
 @kernel
-def _set_goal(env, i, params, state, disc):
-    """A new goal for robot i, clear of the obstacles in `disc`; the distance asked for shrinks as tries fail."""
+def _set_goal(env, i, params, state, scratch):
+    """A new goal for robot i, clear of the obstacles; the distance asked for shrinks as tries fail."""
     position = state.position[env]
     goal = state.goal[env]
+    disc = scratch.disc
     rng = state.rng
     n_obstacles = state.obstacle.shape[1]
     for attempt in range(LIDAR_PLACING_TRIES):
@@ -1530,15 +1544,16 @@ def _set_goal(env, i, params, state, disc):
         clearance = LIDAR_ROBOT_RADIUS + LIDAR_SPAWN_GAP
         if far and not (_near_wall(x, y, clearance, params) or _overlaps(x, y, clearance, disc, n_obstacles)):
             break
-    _begin_leg(env, i, params, state)
+    _begin_leg(env, i, params, state, scratch)
 
 
 @kernel
-def _begin_leg(env, i, params, state):
+def _begin_leg(env, i, params, state, scratch):
     """Robot i sets out for its goal from where it stands."""
-    _find_ways(env, i, params, state)
-    distance = _way_to_goal(env, i, state.position[env, i, 0], state.position[env, i, 1], params, state)
-    state.shortest[env, i] = max(distance - LIDAR_GOAL_RADIUS, 0.0)
+    x, y = state.position[env, i, 0], state.position[env, i, 1]
+    _find_ways(env, i, params, state, scratch.door_way)
+    way = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
+    state.shortest[env, i] = max(way - LIDAR_GOAL_RADIUS, 0.0)
     state.driven[env, i] = 0.0
     state.goal_age[env, i] = 0
 
@@ -1597,9 +1612,9 @@ def _lidar_reset(env, draw_doors, draw_obstacles, draw_positions, draw_headings,
     # Goals
     for i in range(position.shape[0]):
         if draw_goals:
-            _set_goal(env, i, params, state, disc)
+            _set_goal(env, i, params, state, scratch)
         else:
-            _begin_leg(env, i, params, state)
+            _begin_leg(env, i, params, state, scratch)
     state.wheel[env] = 0.0
     state.contact[env] = False
     state.elapsed[env] = 0
@@ -1969,31 +1984,35 @@ def _lidar_observe(env, params, state, scratch, outputs):
 def _lidar_reward(env, params, state, scratch, outputs):
     """Rewards and statistics of the step, and a new goal for whoever has arrived."""
     position = state.position
+    goal = state.goal
     before = scratch.before
+    door_way = scratch.door_way
     terms = scratch.terms
     totals = state.totals
     n_agents = position.shape[1]
     for i in range(n_agents):
         # Reward terms
-        old = _way_to_goal(env, i, before[i, 0], before[i, 1], params, state)
-        distance = _way_to_goal(env, i, position[env, i, 0], position[env, i, 1], params, state)
-        terms[i, LIDAR_PROGRESS] = old - distance
+        x, y = position[env, i, 0], position[env, i, 1]
+        old_way = _way_to_goal(env, i, before[i, 0], before[i, 1], params, state, door_way)
+        new_way = _way_to_goal(env, i, x, y, params, state, door_way)
+        distance = math.sqrt((goal[env, i, 0] - x) ** 2 + (goal[env, i, 1] - y) ** 2)
+        terms[i, LIDAR_PROGRESS] = old_way - new_way
         terms[i, LIDAR_ARRIVAL] = distance <= LIDAR_GOAL_RADIUS
         terms[i, LIDAR_COLLISION] = -np.float64(scratch.touched[i])
         terms[i, LIDAR_TIME] = -1.0
 
         # Contacts, and the way to the goal
-        way = math.sqrt((position[env, i, 0] - before[i, 0]) ** 2 + (position[env, i, 1] - before[i, 1]) ** 2)
+        driven = math.sqrt((x - before[i, 0]) ** 2 + (y - before[i, 1]) ** 2)
         totals[env, LIDAR_STAT_COLLISIONS] += scratch.touched[i] and not state.contact[env, i]
         totals[env, LIDAR_STAT_CONTACT] += scratch.touched[i]
         state.contact[env, i] = scratch.touched[i]
         state.goal_age[env, i] += 1
-        state.driven[env, i] += way
+        state.driven[env, i] += driven
         if distance <= LIDAR_GOAL_RADIUS:
             totals[env, LIDAR_STAT_GOALS] += 1.0
             totals[env, LIDAR_SUM_SHORTEST] += state.shortest[env, i]
             totals[env, LIDAR_SUM_DRIVEN] += state.driven[env, i]
-            _set_goal(env, i, params, state, scratch.disc)
+            _set_goal(env, i, params, state, scratch)
     totals[env, LIDAR_STAT_LENGTH] += 1.0
 
     # Rewards
@@ -2088,8 +2107,8 @@ class LidarNavigation(NativeVectorEnv):
 
     With `rooms`, a text like "3x2" (columns along x, rows along y; 0: none), thin inner walls divide the arena into
     equal rooms, at least LIDAR_ROOM_SIDE wide and high. New doors, LIDAR_DOOR wide, connect all of them in every
-    episode. The goal is still observed straight, through the walls, but what the reward's progress and the path
-    efficiency are about is the shortest way through the doors.
+    episode. Goals are observed straight, through the walls. Progress and path efficiency count the shortest way through
+    the middles of the doors, obstacles left out; a path efficiency above 1 is possible.
 
     Every episode has new obstacles, with gaps that a robot can pass, new starts and new goals. `reset(options=
     {"position": (num_envs, n_agents, 2), "heading": (num_envs, n_agents), "goal": (num_envs, n_agents, 2), "obstacle":
@@ -2210,7 +2229,6 @@ class LidarNavigation(NativeVectorEnv):
             driven=np.zeros((num_envs, n_agents)),
             obstacle=np.zeros((num_envs, n_obstacles, 3)),
             door=np.zeros((num_envs, n_walls, 2)),
-            way=np.zeros((num_envs, n_agents, n_walls)),
             elapsed=np.zeros(num_envs, np.int64),
             totals=np.zeros((num_envs, len(self.stat_names))),
             rng=np.zeros((num_envs, 2), np.int64),
@@ -2232,6 +2250,7 @@ class LidarNavigation(NativeVectorEnv):
             radio_start=np.zeros(self.params.radio_cells**2 + 1, np.int64),
             nearest=np.zeros(n_neighbors),
             reached=np.zeros(columns * rows, bool),
+            door_way=np.zeros((num_envs, n_agents, n_walls)),
         )
 
     def restart(self, start):
@@ -2246,6 +2265,7 @@ class LidarNavigation(NativeVectorEnv):
     def observe(self):
         for env in range(self.num_envs):
             _lidar_observe(env, self.params, self.state, self.scratch, Outputs(**self.buffers))
+        _find_all_ways(self.params, self.state, self.scratch.door_way)
 
     def advance(self, actions):
         _lidar_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
@@ -4958,6 +4978,8 @@ def _valid_rooms(rooms, width, height):
     if min(width / columns, height / rows) < LIDAR_ROOM_SIDE:
         size = f"{width / columns:.3g} x {height / rows:.3g} m"
         raise ValueError(f"rooms is {rooms!r}: they are {size}, and must be at least {LIDAR_ROOM_SIDE} m each way")
+    if columns * rows > LIDAR_MOST_ROOMS:
+        raise ValueError(f"rooms is {rooms!r}: there can be at most {LIDAR_MOST_ROOMS}")
     return columns, rows
 
 

@@ -293,8 +293,7 @@ if __name__ == "__main__":
                 old_approx_kl = (-logratio).mean()
                 approx_kl = (ratio - 1 - logratio).mean()
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                minibatch = [pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac]
-                losses.append(torch.stack(minibatch).detach())
+                losses.append(torch.stack([pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac]).detach())
                 if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
                     kl_exceeded = True
                     break
@@ -305,8 +304,7 @@ if __name__ == "__main__":
                 optimizer.step()
             if kl_exceeded:
                 break
-        means = average(torch.stack(losses).mean(0))
-        pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac = means
+        pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac = average(torch.stack(losses).mean(0))
         kl_coef *= args.kl_adjust if kl > args.kl_coef_target else 1 / args.kl_adjust
         kl_coef = min(max(kl_coef, 1e-4), 1.0)
 

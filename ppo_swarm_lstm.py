@@ -325,9 +325,9 @@ if __name__ == "__main__":
 
     # Storage
     shape = (args.num_steps, args.num_envs, args.n_agents)
-    next_obs, next_neighbors = to_tensors(observations, infos, device)
-    obs = torch.zeros((*shape, next_obs.shape[-1]), device=device)
-    neighbors = torch.zeros((*shape, next_neighbors.shape[-1]), dtype=torch.int64, device=device)
+    first_obs, first_neighbors = to_tensors(observations, infos, device)
+    obs = torch.zeros((*shape, first_obs.shape[-1]), device=device)
+    neighbors = torch.zeros((*shape, first_neighbors.shape[-1]), dtype=torch.int64, device=device)
     raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
     logprobs = torch.zeros(shape, device=device)
     rewards = torch.zeros(shape, device=device)
@@ -423,8 +423,8 @@ if __name__ == "__main__":
                 old_approx_kl = (-logratio).mean()
                 approx_kl = (ratio - 1 - logratio).mean()
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                minibatch = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
-                losses.append(torch.stack(minibatch).detach())
+                terms = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
+                losses.append(torch.stack(terms).detach())
                 if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
                     kl_exceeded = True
                     break

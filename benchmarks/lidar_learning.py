@@ -7,8 +7,9 @@
 
 hidden shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision costs 0.3.
 There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same without that
-guess, a curriculum in its place, with goals that hide ever sooner, and the network without memory. narrow compares what
-robots do alone, with what they do when they know where their 4 nearest neighbours are, and when these send messages.
+guess, a curriculum in its place, with goals that hide ever sooner, and the network without memory. rooms compares the
+LSTM with the network without memory, narrow what robots learn that are alone, that know where their 4 nearest
+neighbours are, and that hear messages from these.
 
 Trains two runs side by side with one torch thread each, and prints what the best policy of each run does in 400
 held-out episodes, mean over seeds with its 95% bootstrap interval, beside the baselines. Minutes are wall time of the
@@ -35,7 +36,13 @@ MEMORY = (
     "--total-timesteps 6000000 --eval-every 1000000"
 )
 NEIGHBORS = {"n_neighbors": 4}
-COMMANDS = {  # of each world: {name: (script, flags, what is added to the world)}
+WORLDS = {  # arguments of the environment
+    "shown": {"n_agents": 10},
+    "hidden": {"n_agents": 10, "goal_visible_steps": 25, "max_steps": 200, "n_obstacles": 0, "collision_weight": 0.3},
+    "rooms": {"n_agents": 10, "rooms": "3x2"},
+    "narrow": {"n_agents": 20, "width": 5.0, "height": 4.0, "n_obstacles": 4},
+}
+COMMANDS = {  # of each world: {policy: (script, flags, what is added to the world)}
     "shown": {
         "mlp": ("ppo_swarm", f"{MLP} --total-timesteps 12000000", {}),
         "lstm": ("ppo_swarm_lstm", "", {}),
@@ -56,13 +63,6 @@ COMMANDS = {  # of each world: {name: (script, flags, what is added to the world
         "messages": ("ppo_swarm", f"{MLP} --total-timesteps 8000000 --policy gnn", NEIGHBORS),
     },
 }
-WORLDS = {
-    "shown": {},
-    "hidden": {"goal_visible_steps": 25, "max_steps": 200, "n_obstacles": 0, "collision_weight": 0.3},
-    "rooms": {"rooms": "3x2"},
-    "narrow": {"width": 5.0, "height": 4.0, "n_obstacles": 4},
-}
-N_AGENTS = {"shown": 10, "hidden": 10, "rooms": 10, "narrow": 20}
 EPISODES = 400  # that a policy is judged on, because single ones differ by far
 METRICS = {
     "r": "return",
@@ -91,16 +91,18 @@ def judge(make_policy, **env_kwargs):
 
 def main(options):
     world = WORLDS[options.world]
-    n_agents = N_AGENTS[options.world]
+    names = options.policies or tuple(COMMANDS[options.world])
+    if set(names) - set(COMMANDS[options.world]):
+        raise ValueError(f"policies are {names}: {options.world} has {', '.join(COMMANDS[options.world])}")
     folder = options.folder or Path(f"runs/lidar_{options.world}")
     commands = {}  # {policy: (script, its flags)}
     env_kwargs = {}  # {policy: what it is judged in}
-    for name, (script, flags, more) in COMMANDS[options.world].items():
-        if not options.policies or name in options.policies:
-            env_kwargs[name] = world | more
-            pairs = " ".join(f"{key} {value}" for key, value in env_kwargs[name].items())
-            flags = f"{flags} --n-agents {n_agents}"
-            commands[name] = (script, f"{flags} --env-kwargs {pairs}" if pairs else flags)
+    for name in names:
+        script, flags, added = COMMANDS[options.world][name]
+        env_kwargs[name] = world | added
+        pairs = [f"{key} {value}" for key, value in env_kwargs[name].items() if key != "n_agents"]
+        words = [flags, f"--n-agents {world['n_agents']}", *(["--env-kwargs", *pairs] if pairs else [])]
+        commands[name] = (script, " ".join(words).strip())
 
     def run(name, seed):
         script, flags = commands[name]
@@ -115,14 +117,14 @@ def main(options):
         scores = []
         for seed in options.seeds:
             make_policy = load_policy(script, runs[name, seed].path / "model.pt")
-            scores.append(judge(make_policy, n_agents=n_agents, **env_kwargs[name]))
+            scores.append(judge(make_policy, **env_kwargs[name]))
         cells = [mean_and_interval([score[metric] for score in scores]) for metric in METRICS]
         fewest = min(score["goals"] for score in scores)
         most = max(score["collisions_per_goal"] for score in scores)
         minutes = np.mean([runs[name, seed].minutes for seed in options.seeds])
         print_row(name, *cells, f"{fewest:.3f}, {most:.3f}", f"{minutes:.1f}")
     for name, (make_policy, _) in envs.baselines("LidarNavigation").items():
-        score = judge(make_policy, n_agents=n_agents, **world)
+        score = judge(make_policy, **world)
         print_row(name, *(f"{score[metric]:.3f}" for metric in METRICS), "", "")
 
 

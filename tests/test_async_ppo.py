@@ -324,21 +324,21 @@ def test_novelty_wears_off_where_it_was_trained_and_not_elsewhere():
     assert all(map(torch.equal, target, novelty.target.parameters()))
 
 
-def test_intrinsic_rewards_are_the_errors_over_the_deviation_of_their_sums_carried_on_by_each_actor():
+def test_the_deviation_is_that_of_discounted_sums_that_each_actor_carries_on_and_dones_end():
     torch.manual_seed(0)
-    agent, sums, gamma = Agent(Args(rnd_coef=1.0), Spaces(gym.spaces.Discrete(2))), torch.zeros(3, 2), 0.9
-    carried, seen = np.zeros((3, 2)), []
+    stats, sums, gamma = async_ppo.RunningStats(2), torch.zeros(3, 2, 2), torch.tensor([0.9, 0.5])
+    carried, seen = np.zeros((3, 2, 2)), []
     for owners in ((0, 1, 2), (2, 0, 1), (1, 1, 1), (0, 2, 0), (0, 1, 2)):  # a fast one may fill several in a batch
-        next_obs = torch.randn(5, 6, 3) + 1  # two environments to an actor
-        agent.obs_stats.update(next_obs.flatten(0, 1), 1)
-        got = async_ppo.intrinsic_rewards(agent, next_obs, sums, owners, gamma, 1)
-        with torch.no_grad():
-            errors = agent.novelty(next_obs, agent.obs_stats).numpy()
+        rewards, dones = torch.randn(5, 6, 2) + 1, (torch.rand(5, 6, 2) < 0.3).float()  # two environments to an actor
+        dones[..., 1] = 0
+        async_ppo.update_return_stats(stats, rewards, dones, sums, owners, gamma, 1)
         for column, actor in enumerate(owners):
             for t in range(5):
-                carried[actor] = gamma * carried[actor] + errors[t, 2 * column : 2 * column + 2]
-                seen.extend(carried[actor])
-        np.testing.assert_allclose(got.numpy(), errors / np.std(seen), rtol=1e-4)
+                own = slice(2 * column, 2 * column + 2)
+                carried[actor] = gamma.numpy() * carried[actor] + rewards[t, own].numpy()
+                seen.extend(carried[actor].copy())
+                carried[actor][dones[t, own].numpy() == 1] = 0
+        np.testing.assert_allclose(stats.std().numpy(), np.std(seen, axis=0), rtol=1e-4)
         np.testing.assert_allclose(sums.numpy(), carried, rtol=1e-5)
 
 
@@ -472,7 +472,7 @@ def watch(frame, event, result):
                 batch["final"] = script["agent"].get_value(batch["final_obs"])
                 batch["new_logprobs"] = script["agent"].get_policy(batch["obs"][:-1]).log_prob(batch["actions"])
                 batch["errors"] = script["agent"].novelty(script["next_obs"], script["agent"].obs_stats)
-            batch["return_std"] = script["agent"].novelty.return_stats.std()
+            batch["return_std"] = script["agent"].return_stats.std()
             batch["obs_stats"] = {name: x.clone() for name, x in script["agent"].obs_stats.state_dict().items()}
             batch["in_use"] = script["agent"].obs_mean.clone(), script["agent"].obs_std.clone()
             if seen:
@@ -489,15 +489,19 @@ sys.setprofile(watch)
 )
 
 
-@pytest.fixture(scope="module")
-def watched(nursery, tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["rewards as they are", "rewards normalised"])
+def watched(nursery, tmp_path_factory, request):
     """What went into compute_gae and what came of it, in three updates of a run in a world where much ends."""
     cwd = tmp_path_factory.mktemp("watched")
     shutil.copy(Path(sys.path[0]) / "paced_world.py", cwd)
     args = ASYNC | dict(env_id=PACED_ID, num_actors=1, max_lag=1, rnd_coef=0.5, gamma=0.9, rnd_gamma=0.7, vtrace=True)
-    result = nursery.run_one(cwd, probe=WATCH, **args | dict(learning_rate=0.05, norm_obs=True, reward_scale=0.3))
+    result = nursery.run_one(
+        cwd,
+        probe=WATCH,
+        **args | dict(learning_rate=0.05, norm_obs=True, norm_reward=request.param, reward_scale=0.3),
+    )
     assert (cwd / "seen.pt").exists(), result.output
-    return torch.load(cwd / "seen.pt")[:3]
+    return [batch | {"norm_reward": request.param} for batch in torch.load(cwd / "seen.pt")[:3]]
 
 
 def test_the_run_bootstraps_what_was_cut_off_and_nothing_that_terminated(watched):
@@ -517,8 +521,11 @@ def test_the_run_bootstraps_what_was_cut_off_and_nothing_that_terminated(watched
 def test_the_run_gives_each_head_its_rewards_and_its_discount_and_cuts_the_ratios(watched):
     for batch in watched:
         torch.testing.assert_close(batch["gamma"], torch.tensor([0.9, 0.7]))
-        torch.testing.assert_close(batch["rewards"][..., 0], 0.3 * batch["env_rewards"])
-        torch.testing.assert_close(batch["rewards"][..., 1], batch["errors"] / batch["return_std"])
+        expected = 0.3 * batch["env_rewards"]
+        if batch["norm_reward"]:
+            expected = (expected / batch["return_std"][0]).clamp(-10, 10)
+        torch.testing.assert_close(batch["rewards"][..., 0], expected)
+        torch.testing.assert_close(batch["rewards"][..., 1], batch["errors"] / batch["return_std"][1])
         ended = batch["terminations"] | batch["truncations"]
         assert torch.equal(batch["next_obs"][ended], batch["final_obs"][ended])
         assert (batch["final_obs"][ended] != 0).all() and (batch["final_obs"] != batch["obs"][1:])[ended].all()
@@ -577,8 +584,11 @@ def test_networks_see_the_deviations_from_the_mean_and_no_outliers():
 ALIKE = {
     "discrete": dict(env_id="CartPole-v1"),
     "discrete, V-trace and novelty": dict(env_id="CartPole-v1", vtrace=True, rnd_coef=0.5),
-    "continuous, normalised": dict(env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), norm_obs=True),
+    "continuous, observations normalised": dict(
+        env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), norm_obs=True
+    ),
     "continuous, V-trace": dict(env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), vtrace=True),
+    "discrete, rewards normalised": dict(env_id="CartPole-v1", norm_reward=True),
 }
 
 
@@ -607,8 +617,9 @@ def test_one_actor_that_may_not_lag_is_the_synchronous_algorithm_bit_for_bit(ali
     if "continuous" in name:
         assert "losses/std" in losses[0]
     weights = saved(actor.folder / "model.pt")["model"]
-    assert weights["obs_stats.count"] == 12 * PER_UPDATE * ("novelty" in name or "normalised" in name)
-    mean, std = (weights["obs_stats.mean"], weights["obs_stats.var"].sqrt()) if "normalised" in name else (0, 1)
+    assert weights["obs_stats.count"] == 12 * PER_UPDATE * ("novelty" in name or "observations" in name)
+    assert weights.get("return_stats.count", 0) == 12 * PER_UPDATE * ("novelty" in name or "rewards" in name)
+    mean, std = (weights["obs_stats.mean"], weights["obs_stats.var"].sqrt()) if "observations" in name else (0, 1)
     torch.testing.assert_close(weights["obs_mean"], torch.zeros_like(weights["obs_mean"]) + mean, check_dtype=False)
     torch.testing.assert_close(weights["obs_std"], torch.zeros_like(weights["obs_std"]) + std, check_dtype=False)
 
@@ -943,7 +954,7 @@ def test_in_a_world_that_draws_no_pictures_policies_are_compared_without_a_video
 def test_the_model_holds_what_measures_novelty(model):
     weights = saved(model)["model"]
     assert {"novelty.target.0.weight", "novelty.predictor.0.weight"} <= weights.keys()
-    assert weights["obs_stats.count"] == weights["novelty.return_stats.count"] == 40 * PER_UPDATE
+    assert weights["obs_stats.count"] == weights["return_stats.count"] == 40 * PER_UPDATE
     assert weights["critic.4.weight"].shape[0] == 2
     torch.manual_seed(1)
     first = Agent(Args(rnd_coef=0.5), envs.make_vec("DenseLunarLander", 1)).state_dict()

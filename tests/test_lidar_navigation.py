@@ -450,12 +450,44 @@ def test_a_goal_is_shown_for_its_first_observations_and_then_hidden(visible):
         age = np.where(arrived | truncations[:, None], 0, age + 1)
 
 
+def walls(columns, rows):
+    """For every inner wall: the two rooms (column, row) that it parts, and the axis across it."""
+    beside = [((c, r), (c + 1, r), 0) for r in range(rows) for c in range(columns - 1)]
+    return beside + [((c, r), (c, r + 1), 1) for r in range(rows - 1) for c in range(columns)]
+
+
+def shortest_way(vector, door, start, goal):
+    """From start to goal through the middles of doors, by Floyd's and Warshall's algorithm."""
+    columns, rows = vector.params.columns, vector.params.rows
+    side = np.array([vector.params.room_width, vector.params.room_height])
+    points, rooms = [start, goal], [{tuple((start // side).astype(int))}, {tuple((goal // side).astype(int))}]
+    for (one, other, axis), (begin, end) in zip(walls(columns, rows), door, strict=True):
+        if end > begin:
+            middle = np.full(2, 0.5 * (begin + end))
+            middle[axis] = other[axis] * side[axis]
+            points.append(middle)
+            rooms.append({one, other})
+    ways = np.full((len(points), len(points)), np.inf)
+    for a in range(len(points)):
+        for b in range(len(points)):
+            if rooms[a] & rooms[b]:
+                ways[a, b] = math.dist(points[a], points[b])
+    for via in range(len(points)):
+        ways = np.minimum(ways, ways[:, via, None] + ways[None, via])
+    return ways[0, 1]
+
+
 @pytest.mark.parametrize(
-    "weights", [{}, dict(progress_weight=0.3, arrival_weight=5, collision_weight=2, time_weight=1)]
+    ("weights", "rooms"),
+    [
+        ({}, 0),
+        (dict(progress_weight=0.3, arrival_weight=5, collision_weight=2, time_weight=1), 0),
+        ({}, "2x1"),
+    ],
 )
-def test_statistics_match_loops_over_the_trajectories(weights):
+def test_statistics_match_loops_over_the_trajectories(weights, rooms):
     num_envs, n_agents, steps = 3, 12, 400
-    sizes = dict(n_agents=n_agents, n_obstacles=12) | weights
+    sizes = dict(n_agents=n_agents, n_obstacles=12, rooms=rooms) | weights
     vector, endless = make(num_envs, max_steps=steps, **sizes), make(num_envs, max_steps=steps + 1, **sizes)
     policy = envs.planning_policy(vector, width=0.05, brake=0.01)  # reckless enough to collide
     observations, infos = vector.reset(seed=8)
@@ -463,7 +495,7 @@ def test_statistics_match_loops_over_the_trajectories(weights):
     given = dict(progress=1.0, arrival=2.0, collision=1.0, time=0.01)
     given |= {name.removesuffix("_weight"): value for name, value in weights.items()}
     expected = [dict.fromkeys(vector.stat_names, 0.0) for _ in range(num_envs)]
-    straight, driven, goals, onsets, contacts = (np.zeros(num_envs) for _ in range(5))
+    shortest, driven, goals, onsets, contacts = (np.zeros(num_envs) for _ in range(5))
     begun, way = endless.get_state()["position"].copy(), np.zeros((num_envs, n_agents))
     for _ in range(steps):
         before, actions = endless.get_state(), policy(observations, infos)
@@ -477,7 +509,8 @@ def test_statistics_match_loops_over_the_trajectories(weights):
                 old, new, goal = before["position"][env, i], after["position"][env, i], before["goal"][env, i]
                 contact, arrived = float(after["contact"][env, i]), math.dist(new, goal) <= GOAL_RADIUS
                 assert arrived == (goal != after["goal"][env, i]).any()
-                progress = math.dist(old, goal) - math.dist(new, goal)
+                ways = [shortest_way(endless, before["door"][env], place, goal) for place in (old, new)]
+                progress = ways[0] - ways[1]
                 terms = dict(progress=progress, arrival=float(arrived), collision=-contact, time=-1.0)
                 for name in TERMS:
                     expected[env]["reward_" + name] += given[name] * terms[name] / n_agents
@@ -489,16 +522,17 @@ def test_statistics_match_loops_over_the_trajectories(weights):
                 contacts[env] += contact
                 if arrived:
                     goals[env] += 1
-                    straight[env] += math.dist(begun[env, i], goal) - GOAL_RADIUS
+                    shortest[env] += shortest_way(endless, before["door"][env], begun[env, i], goal) - GOAL_RADIUS
                     driven[env] += way[env, i]
                     begun[env, i], way[env, i] = new, 0.0
-    assert truncations.all() and (goals > 20).all() and (onsets > 5).all() and (contacts > onsets).all()
+    assert truncations.all() and (goals > (10 if rooms else 20)).all()
+    assert (onsets > 5).all() and (contacts > onsets).all()
     for env in range(num_envs):
         expected[env] |= {
             "goals": goals[env] / n_agents,
             "collisions": onsets[env] / n_agents,
             "collisions_per_goal": onsets[env] / goals[env],
-            "path_efficiency": straight[env] / driven[env],
+            "path_efficiency": shortest[env] / driven[env],
             "contact": contacts[env] / (steps * n_agents),
         }
         episode = {name: infos["episode"][name][env] for name in vector.stat_names}
@@ -572,12 +606,6 @@ def test_any_part_of_a_start_can_be_given_and_the_rest_is_random():
 # ----------------------------------------------------------------------------------------------------------------------
 # Rooms
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def walls(columns, rows):
-    """For every inner wall: the two rooms (column, row) that it parts, and the axis across it."""
-    beside = [((c, r), (c + 1, r), 0) for r in range(rows) for c in range(columns - 1)]
-    return beside + [((c, r), (c, r + 1), 1) for r in range(rows - 1) for c in range(columns)]
 
 
 @pytest.mark.parametrize("columns, rows", [(3, 2), (1, 3), (5, 4)])
@@ -698,27 +726,6 @@ def test_a_robot_slides_off_the_post_of_a_door():
     assert x > 4.5 and y == pytest.approx(3.2, abs=0.01)
 
 
-def shortest_way(vector, env, start, goal):
-    """From start to goal through the middles of doors, by Floyd's and Warshall's algorithm."""
-    columns, rows = vector.params.columns, vector.params.rows
-    side = np.array([vector.params.room_width, vector.params.room_height])
-    points, rooms = [start, goal], [{tuple((start // side).astype(int))}, {tuple((goal // side).astype(int))}]
-    for (one, other, axis), (begin, end) in zip(walls(columns, rows), vector.get_state()["door"][env], strict=True):
-        if end > begin:
-            middle = np.full(2, 0.5 * (begin + end))
-            middle[axis] = other[axis] * side[axis]
-            points.append(middle)
-            rooms.append({one, other})
-    ways = np.full((len(points), len(points)), np.inf)
-    for a in range(len(points)):
-        for b in range(len(points)):
-            if rooms[a] & rooms[b]:
-                ways[a, b] = math.dist(points[a], points[b])
-    for via in range(len(points)):
-        ways = np.minimum(ways, ways[:, via, None] + ways[None, via])
-    return ways[0, 1]
-
-
 @pytest.mark.parametrize(("columns", "rows"), [(2, 1), (1, 3), (3, 2), (4, 4)])
 def test_progress_is_made_on_the_shortest_way_through_the_doors(columns, rows):
     sizes = dict(n_agents=3, n_obstacles=0, width=2.0 * columns + 1.0, height=2.0 * rows + 1.0)
@@ -732,7 +739,8 @@ def test_progress_is_made_on_the_shortest_way_through_the_doors(columns, rows):
         after = vector.get_state()
         for env, i in np.ndindex(4, 3):
             goal = before["goal"][env, i]
-            old, new = (shortest_way(vector, env, state["position"][env, i], goal) for state in (before, after))
+            door = before["door"][env]
+            old, new = (shortest_way(vector, door, state["position"][env, i], goal) for state in (before, after))
             assert rewards[env, i] == pytest.approx(old - new, abs=1e-6)
             through_doors += old > math.dist(before["position"][env, i], goal) + 1e-9
     assert through_doors > 100
@@ -766,14 +774,14 @@ def test_inner_walls_are_drawn_but_for_their_doors():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(n_agents=60, n_obstacles=30, width=20, height=15)])
+@pytest.mark.parametrize("sizes", [{}, dict(n_agents=60, n_obstacles=30, width=20, height=15), dict(rooms="3x2")])
 def test_renaming_the_robots_renames_everything(sizes):
     vector, renamed = make(**sizes), make(**sizes)
     vector.reset(seed=1)
     state = vector.get_state()
     n_agents = state["position"].shape[1]
     names = np.random.default_rng(0).permutation(n_agents)
-    per_robot = ("position", "direction", "wheel", "contact", "goal", "goal_age", "way", "shortest", "driven")
+    per_robot = ("position", "direction", "wheel", "contact", "goal", "goal_age", "shortest", "driven")
     renamed.reset(seed=1)
     renamed.set_state(state | {name: state[name][:, names] for name in per_robot})
     for action in random_actions(vector, 25, low=-0.2):

@@ -438,8 +438,9 @@ seen, randperm = [], torch.randperm
 def watching(*args, **kwargs):  # what an update begins with: the rollout, and the weights that acted
     run = sys._getframe(1).f_globals
     if run["iteration"] > len(seen):
-        names = "obs neighbors values next_obs next_neighbors last_value final_values dones"
+        names = "obs neighbors values last_value final_values dones"
         batch = {name: run[name].clone() for name in names.split()}
+        batch["next"] = [x.clone() for x in run["to_tensors"](run["observations"], run["infos"], "cpu")]
         batch["terminated"], batch["truncated"], batch["final"] = map(torch.stack, zip(*steps))
         seen.append(batch | {"model": {name: x.clone() for name, x in run["agent"].state_dict().items()}})
         steps.clear()
@@ -476,7 +477,7 @@ def test_values_of_a_run_are_those_of_memory_that_never_breaks_within_an_episode
             close([batch["final_values"][step]], [final], 1e-5)
             start, cut_off = batch["dones"][step], cut_off + int(batch["truncated"][step].sum())
         with torch.no_grad():
-            last_value, _ = agent.get_value(batch["next_obs"], batch["next_neighbors"], state, start)
+            last_value, _ = agent.get_value(*batch["next"], state, start)
         close([batch["last_value"]], [last_value], 1e-5)
     assert cut_off > 10
 

@@ -53,6 +53,9 @@ def expected_loss(script, note):
     clipped = clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # arXiv 1707.06347, equation 7
     note["ratios clipped"] = int((surrogate < ratio * advantage).sum())
+    log_ratio, beyond = torch.log(ratio), (ratio < 1 - args.clip_coef) | (ratio > 1 + args.clip_coef)
+    note["moved"] = [float(x.mean()) for x in (-log_ratio, ratio - 1 - log_ratio, beyond.double())]
+    note["logged"] = [float(script[name]) for name in ("old_approx_kl", "approx_kl", "clipfrac")]
     if "b_lag_ratios" in script:  # arXiv 2110.00641, equation 4
         surrogate = script["b_lag_ratios"][mb] * surrogate
         note["lag"] = float((script["b_lag_ratios"] - 1).abs().max())
@@ -134,6 +137,13 @@ def test_every_gradient_is_that_of_the_loss_and_clipped(noted, name):
     assert sum(step["ratios clipped"] > 0 for step in steps) > 10
     for kind in {"values clipped", "lag"} & set(steps[0]):
         assert sum(step[kind] > 1e-3 for step in steps) > 10
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_how_far_the_policy_moved_is_measured_on_every_minibatch(noted, name):
+    moved, logged = (np.array([step[kind] for step in noted[name]]) for kind in ("moved", "logged"))
+    np.testing.assert_allclose(logged, moved, rtol=1e-3, atol=1e-5)
+    assert (moved.max(axis=0) > [0.001, 0.001, 0.05]).all()
 
 
 @pytest.mark.parametrize("name", RUNS)
