@@ -1360,6 +1360,7 @@ class LidarScratch(NamedTuple):
     nearest: np.ndarray  # (n_neighbors,), squared distances of a robot's nearest so far [m^2]
     reached: np.ndarray  # (n_rooms,), whether the random walk that draws doors has been there
     door_way: np.ndarray  # (num_envs, n_agents, n_walls), from each door to the goal; inf without a door [m]
+    way: np.ndarray  # (num_envs, n_agents), from where a robot is to its goal [m]
 
 
 @inlined
@@ -1504,13 +1505,6 @@ def _find_ways(env, i, params, state, door_way):
             door_way[env, i, wall] = way
 
 
-@kernel
-def _find_all_ways(params, state, door_way):
-    for env in range(door_way.shape[0]):
-        for i in range(door_way.shape[1]):
-            _find_ways(env, i, params, state, door_way)
-
-
 @inlined
 def _way_to_goal(env, i, x, y, params, state, door_way):
     """The shortest way from (x, y) to the goal of robot i, through the middle of each door on it.
@@ -1525,6 +1519,21 @@ def _way_to_goal(env, i, x, y, params, state, door_way):
     if way == math.inf:
         way = math.sqrt((state.goal[env, i, 0] - x) ** 2 + (state.goal[env, i, 1] - y) ** 2)
     return way
+
+
+@kernel
+def _measure_way(env, i, params, state, scratch):
+    """Find the way of robot i to its goal anew, when either is somewhere else."""
+    _find_ways(env, i, params, state, scratch.door_way)
+    x, y = state.position[env, i, 0], state.position[env, i, 1]
+    scratch.way[env, i] = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
+
+
+@kernel
+def _measure_ways(params, state, scratch):
+    for env in range(scratch.way.shape[0]):
+        for i in range(scratch.way.shape[1]):
+            _measure_way(env, i, params, state, scratch)
 
 
 @kernel
@@ -1550,10 +1559,8 @@ def _set_goal(env, i, params, state, scratch):
 @kernel
 def _begin_leg(env, i, params, state, scratch):
     """Robot i sets out for its goal from where it stands."""
-    x, y = state.position[env, i, 0], state.position[env, i, 1]
-    _find_ways(env, i, params, state, scratch.door_way)
-    way = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
-    state.shortest[env, i] = max(way - LIDAR_GOAL_RADIUS, 0.0)
+    _measure_way(env, i, params, state, scratch)
+    state.shortest[env, i] = max(scratch.way[env, i] - LIDAR_GOAL_RADIUS, 0.0)
     state.driven[env, i] = 0.0
     state.goal_age[env, i] = 0
 
@@ -1986,17 +1993,16 @@ def _lidar_reward(env, params, state, scratch, outputs):
     position = state.position
     goal = state.goal
     before = scratch.before
-    door_way = scratch.door_way
     terms = scratch.terms
     totals = state.totals
     n_agents = position.shape[1]
     for i in range(n_agents):
         # Reward terms
         x, y = position[env, i, 0], position[env, i, 1]
-        old_way = _way_to_goal(env, i, before[i, 0], before[i, 1], params, state, door_way)
-        new_way = _way_to_goal(env, i, x, y, params, state, door_way)
+        way = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
         distance = math.sqrt((goal[env, i, 0] - x) ** 2 + (goal[env, i, 1] - y) ** 2)
-        terms[i, LIDAR_PROGRESS] = old_way - new_way
+        terms[i, LIDAR_PROGRESS] = scratch.way[env, i] - way
+        scratch.way[env, i] = way
         terms[i, LIDAR_ARRIVAL] = distance <= LIDAR_GOAL_RADIUS
         terms[i, LIDAR_COLLISION] = -np.float64(scratch.touched[i])
         terms[i, LIDAR_TIME] = -1.0
@@ -2251,6 +2257,7 @@ class LidarNavigation(NativeVectorEnv):
             nearest=np.zeros(n_neighbors),
             reached=np.zeros(columns * rows, bool),
             door_way=np.zeros((num_envs, n_agents, n_walls)),
+            way=np.zeros((num_envs, n_agents)),
         )
 
     def restart(self, start):
@@ -2265,7 +2272,7 @@ class LidarNavigation(NativeVectorEnv):
     def observe(self):
         for env in range(self.num_envs):
             _lidar_observe(env, self.params, self.state, self.scratch, Outputs(**self.buffers))
-        _find_all_ways(self.params, self.state, self.scratch.door_way)
+        _measure_ways(self.params, self.state, self.scratch)
 
     def advance(self, actions):
         _lidar_step(actions, self.params, self.state, self.scratch, Outputs(**self.buffers))
