@@ -1505,7 +1505,7 @@ def _find_ways(env, i, params, state, door_way):
             door_way[env, i, wall] = way
 
 
-@inlined
+@kernel
 def _way_to_goal(env, i, x, y, params, state, door_way):
     """The shortest way from (x, y) to the goal of robot i, through the middle of each door on it.
 
@@ -1999,8 +1999,10 @@ def _lidar_reward(env, params, state, scratch, outputs):
     for i in range(n_agents):
         # Reward terms
         x, y = position[env, i, 0], position[env, i, 1]
-        way = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
         distance = math.sqrt((goal[env, i, 0] - x) ** 2 + (goal[env, i, 1] - y) ** 2)
+        way = distance
+        if scratch.door_way.shape[2] > 0:
+            way = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
         terms[i, LIDAR_PROGRESS] = scratch.way[env, i] - way
         scratch.way[env, i] = way
         terms[i, LIDAR_ARRIVAL] = distance <= LIDAR_GOAL_RADIUS
