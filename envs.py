@@ -2001,7 +2001,7 @@ def _lidar_reward(env, params, state, scratch, outputs):
         x, y = position[env, i, 0], position[env, i, 1]
         distance = math.sqrt((goal[env, i, 0] - x) ** 2 + (goal[env, i, 1] - y) ** 2)
         way = distance
-        if scratch.door_way.shape[2] > 0:
+        if scratch.door_way.shape[2] > 0:  # a call, not inlined: in this loop it would slow down arenas without rooms
             way = _way_to_goal(env, i, x, y, params, state, scratch.door_way)
         terms[i, LIDAR_PROGRESS] = scratch.way[env, i] - way
         scratch.way[env, i] = way

@@ -1,4 +1,4 @@
-"""What Random Network Distillation finds that PPO alone does not. From the repository's root, 15 minutes:
+"""What Random Network Distillation finds that PPO alone does not. From the repository's root, under an hour:
 
     python benchmarks/async_rnd.py
 

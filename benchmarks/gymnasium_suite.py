@@ -3,8 +3,8 @@
     pip install "gymnasium[mujoco]"
     python benchmarks/gymnasium_suite.py [--env-ids Pendulum-v1 Acrobot-v1] [--seeds 1 2 3 4 5]
 
-From the repository's root; minutes for classic control, half an hour for a seed of Humanoid-v5. One line of flags for
-continuous actions, one for discrete ones, printed first. Trains one run after the other, since a run has two processes.
+From the repository's root; a minute for a seed of Pendulum-v1, hours for all. One line of flags for continuous actions,
+one for discrete ones, printed first. Trains one run after the other, since a run has two processes.
 Printed, for each environment: the return of the last policy, not the best one, greedy and sampled, in 20 held-out
 episodes, means over seeds with their 95% bootstrap intervals; the worst seed; minutes of the whole command, evaluations
 included. Beside them what others published:

@@ -2,8 +2,8 @@
 
     python benchmarks/lidar_learning.py                     the default world, an hour
     python benchmarks/lidar_learning.py --world hidden      goals that hide, two hours
-    python benchmarks/lidar_learning.py --world rooms       six rooms, two hours
-    python benchmarks/lidar_learning.py --world narrow      20 robots in a narrow arena, two hours
+    python benchmarks/lidar_learning.py --world rooms       six rooms, an hour
+    python benchmarks/lidar_learning.py --world narrow      20 robots in a narrow arena
 
 hidden shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision costs 0.3.
 There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same without that
