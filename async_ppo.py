@@ -10,9 +10,8 @@
     tensorboard --logdir runs
 
 Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps,
-leaves this fragment in shared memory and goes on with the next. The learner trains on the fragments in the order in
-which they come, as many to an update as there are actors, so that a slow one holds up nobody. How it departs from
-ppo_swarm.py:
+leaves this fragment in shared memory and goes on. The learner trains on fragments as they come, as many to an update
+as there are actors, so that a slow one holds up nobody. How it departs from ppo_swarm.py:
 
 1. One agent to an environment, actions discrete or continuous; rewards and observations may be normalised.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
@@ -24,7 +23,6 @@ ppo_swarm.py:
    1810.12894): intrinsic rewards, over their returns' standard deviation, with their own discount and no episodes.
 """
 
-import contextlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -40,7 +38,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from envs import (
-    NATIVE_ENVS,
     Run,
     StreamPool,
     average,
@@ -50,8 +47,6 @@ from envs import (
     load,
     make_all,
     make_fragment,
-    make_seed,
-    make_stages,
     parse_args,
     setup,
 )
@@ -287,14 +282,13 @@ def to_tensor(observations, device):
 # -------------------- Algorithm ---------------------------------------------------------------------------------------
 
 
-def compute_gae(rewards, values, last_value, final_values, dones, rhos, gamma, gae_lambda):
+def compute_gae(rewards, values, last_value, final_values, dones, rho, gamma, gae_lambda):
     """Advantages and returns (num_steps, num_envs, heads); so are rewards, values, final_values, dones; gamma (heads,).
 
-    Where dones is 1 an episode ended: the value of what came next is then not that of the next step, which belongs to
-    another episode, but final_values: V(final_obs) if a time limit cut the episode off, 0 if it terminated. Nothing
-    else crosses that line. rhos (num_steps, num_envs, 1) are the probability ratios of the policy before the update to
-    the one that acted, cut at 1: V-trace's rho and, times lambda, its c (arXiv 1802.01561, section 4.1). Where they are
-    1, as without a lag, this is GAE.
+    Where dones is 1 an episode ended, and what came next was worth final_values: V(final_obs) if a time limit cut it
+    off, 0 if it terminated. The next step belongs to another episode, and nothing of it counts here. rho (num_steps,
+    num_envs, 1) is the probability ratio of the policy before the update to the one that acted, cut at 1: V-trace's
+    rho and, times lambda, its c (arXiv 1802.01561, section 4.1). Where it is 1, as without a lag, this is GAE.
     """
     advantages = torch.zeros_like(rewards)
     returns = torch.zeros_like(rewards)  # what the values are to become
@@ -304,7 +298,7 @@ def compute_gae(rewards, values, last_value, final_values, dones, rhos, gamma, g
         next_value = (1 - dones[t]) * next_value + dones[t] * final_values[t]
         delta = rewards[t] + gamma * next_value - values[t]
         advantages[t] = delta + gamma * gae_lambda * (1 - dones[t]) * correction
-        correction = rhos[t] * advantages[t]
+        correction = rho[t] * advantages[t]
         returns[t] = values[t] + correction
         next_value = values[t]
     return advantages, returns
@@ -351,15 +345,11 @@ def collect(agent, envs, observations, generator, fragment):
     return observations
 
 
-def act(args, seeds, actor, starts, todo, published):
-    """An actor, as StreamPool runs it: fill each fragment of `todo` by the newest policy, and yield its version.
-
-    `starts` is the number of actors started before: one in a dead one's place has draws of its own.
-    """
-    with contextlib.closing(make_stages(args, args.num_envs // args.num_actors, 0, args.env_kwargs)) as stages:
+def act(args, seed, todo, published):
+    """An actor, as StreamPool runs it: fill each fragment of `todo` by the newest policy, and yield its version."""
+    with make_all(args, args.num_envs // args.num_actors, 0, args.env_kwargs, checked=True) as stages:
         agent = Agent(args, stages[0])
         weights = flatten(agent)
-        seed = make_seed(*seeds, actor, starts)
         generator = torch.Generator().manual_seed(seed)
         envs = None
         for fragment in todo:
@@ -394,31 +384,28 @@ if __name__ == "__main__":
     steps_per_iteration = args.num_steps * args.num_envs * world_size
     num_iterations = args.total_timesteps // steps_per_iteration
     # Heads of the critic: the environment's rewards and, with rnd_coef, the intrinsic ones
-    gammas = torch.tensor([args.gamma, args.rnd_gamma] if args.rnd_coef else [args.gamma], device=device)
+    gamma = torch.tensor([args.gamma, args.rnd_gamma] if args.rnd_coef else [args.gamma], device=device)
     coefs = torch.tensor([1.0, args.rnd_coef] if args.rnd_coef else [1.0], device=device)
-    reward_sums = torch.zeros(max(1, args.num_actors), envs.num_envs, len(gammas), device=device)  # discounted, so far
+    reward_sums = torch.zeros(max(1, args.num_actors), envs.num_envs, len(gamma), device=device)  # discounted, so far
 
-    total_steps = num_iterations * steps_per_iteration
-    run = Run(args, agent.make_policy, total_steps, args.eval_env_id, args.eval_env_kwargs)
+    run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.eval_env_id, args.eval_env_kwargs)
     if run.checkpoint:
         with run.restoring():
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             reward_sums[...] = run.own["reward_sums"]
 
-    # The actors; or, with none, what an actor has, in this process
-    seeds = (args.seed, rank, run.step)
+    # The actors; with --num-actors 0 there are none, and what an actor has is in this process
     envs = stages[run.stage]
-    if args.num_actors:
-        new_fragment = partial(make_fragment, envs, args.num_steps)
-        actors = StreamPool(partial(act, args, seeds), args.num_actors, new_fragment, args.max_lag)
-        actors.start(weights.numpy(force=True), run.step // steps_per_iteration, run.stage)
-    else:
-        seed = make_seed(*seeds, 0, 0)
+    new_fragment = partial(make_fragment, envs, args.num_steps)
+    actors = StreamPool(partial(act, args), args.num_actors, new_fragment, args.max_lag, run.make_seed)
+    actors.start(weights.numpy(force=True), run.step // steps_per_iteration, run.stage)
+    if not args.num_actors:
+        fragment = new_fragment()
+        seed = run.make_seed(0, 0)
         generator = torch.Generator().manual_seed(seed)
-        fragment = make_fragment(envs, args.num_steps)
         observations, _ = envs.reset(seed=seed)
-        if run.checkpoint and run.own["envs"]:
+        if run.checkpoint and envs.has_state:
             with run.restoring():
                 generator.set_state(run.own["generator"])
                 observations, _ = envs.set_state(run.own["envs"])
@@ -430,12 +417,7 @@ if __name__ == "__main__":
         # Rollout
         run.clock("rollout")  # in which an asynchronous learner only waits
         if args.num_actors:
-            try:
-                taken = actors.take(args.num_actors, stop=lambda: run.signals)
-                owners, fragments, lags = zip(*taken, strict=True)
-            except RuntimeError:  # an actor failed, too many died, or they hang and a signal came
-                run.write_checkpoint()
-                raise
+            owners, fragments, lags = actors.take(args.num_actors, run)
         else:
             observations = collect(agent, envs, observations, generator, fragment)
             owners = [0]
@@ -463,12 +445,11 @@ if __name__ == "__main__":
             rewards = torch.cat([rewards, novelty.unsqueeze(-1)], dim=-1)
             dones = torch.cat([dones, torch.zeros_like(dones)], dim=-1)  # as in the paper, across episodes
         if args.rnd_coef or args.norm_reward:
-            update_return_stats(agent.return_stats, rewards, dones, reward_sums, owners, gammas, world_size)
+            update_return_stats(agent.return_stats, rewards, dones, reward_sums, owners, gamma, world_size)
             std = agent.return_stats.std()  # (heads,)
             if args.norm_reward:  # the first rewards of an environment that seldom gives any would be huge
                 rewards[..., 0] = (rewards[..., 0] / std[0]).clamp(-10, 10)
-            if args.rnd_coef:
-                rewards[..., 1] = rewards[..., 1] / std[1]
+            rewards[..., 1:] /= std[1:]
 
         # Advantages: the policy before the update may be a later one than that which acted
         final_values = torch.zeros_like(rewards)
@@ -477,12 +458,10 @@ if __name__ == "__main__":
             final_values[cut_off] = agent.get_value(data["final_obs"][cut_off])
             old_logprobs = agent.get_policy(obs).log_prob(actions) if any(lags) else logprobs
         lag_ratios = (old_logprobs - logprobs).exp()  # 1 without a lag
-        rhos = lag_ratios.clamp(max=1) if args.vtrace else torch.ones_like(lag_ratios)
+        rho = lag_ratios.unsqueeze(-1).clamp(max=1) if args.vtrace else torch.ones_like(dones[..., :1])
         last_value = values[-1]
         values = values[:-1]
-        advantages, returns = compute_gae(
-            rewards, values, last_value, final_values, dones, rhos.unsqueeze(-1), gammas, args.gae_lambda
-        )
+        advantages, returns = compute_gae(rewards, values, last_value, final_values, dones, rho, gamma, args.gae_lambda)
         advantages = (advantages * coefs).sum(-1)
 
         # Update
@@ -490,7 +469,6 @@ if __name__ == "__main__":
         batch = [x.flatten(0, 1) for x in batch]  # (num_steps * num_envs, ...)
         b_obs, b_next_obs, b_actions, b_logprobs, b_lag_ratios, b_advantages, b_returns, b_values = batch
         losses = []  # of every minibatch
-        kl_exceeded = False
         for epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
                 mb_obs = b_obs.index_select(0, mb_inds)  # for wide rows faster than b_obs[mb_inds]
@@ -521,8 +499,8 @@ if __name__ == "__main__":
                 approx_kl = (ratio - 1 - logratio).mean()
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 losses.append(torch.stack([v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac]).detach())
-                if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
-                    kl_exceeded = True
+                kl_exceeded = args.target_kl is not None and average(approx_kl.detach()) > args.target_kl
+                if kl_exceeded:
                     break
                 weights.grad.zero_()
                 loss.backward()
@@ -534,9 +512,8 @@ if __name__ == "__main__":
         if args.norm_obs:
             agent.obs_mean.copy_(agent.obs_stats.mean)
             agent.obs_std.copy_(agent.obs_stats.std())
-        if args.num_actors:
-            actors.publish(weights.numpy(force=True), iteration)
-            actors.release()  # not before: they would be filled by the old weights
+        actors.publish(weights.numpy(force=True), iteration)
+        actors.release()  # not before: they would be filled by the old weights
 
         # Log
         v_loss, pg_loss, entropy, old_approx_kl, approx_kl, clipfrac = torch.stack(losses).mean(0)
@@ -550,7 +527,7 @@ if __name__ == "__main__":
             "losses/explained_variance": 1 - (returns - values)[..., 0].var() / returns[..., 0].var(),
             "charts/lag_mean": np.mean(lags),
             "charts/lag_max": max(lags),
-            "charts/discarded": actors.discarded if args.num_actors else 0,  # fragments, up to now
+            "charts/discarded": actors.discarded,  # fragments, up to now
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
         if not agent.discrete:
@@ -565,25 +542,19 @@ if __name__ == "__main__":
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
-            if args.num_actors:
-                actors.set_stage(run.stage)
-            else:
-                observations, _ = envs.reset(seed=make_seed(args.seed, rank, run.step))
+            actors.set_stage(run.stage)
+            if not args.num_actors:
+                observations, _ = envs.reset(seed=run.make_seed())
 
         # Checkpoint: with actors one is kept after every iteration, and written if their deaths end the run in the next
-        due = run.checkpoint_due()
-        if due or args.num_actors:
-            own = {"reward_sums": reward_sums.cpu(), "envs": {}}
-            if not args.num_actors:
-                own["generator"] = generator.get_state()
-                own["envs"] = envs.get_state() if args.env_id in NATIVE_ENVS else {}
-            run.keep({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)
-        if due:
-            run.write_checkpoint()
+        if run.checkpoint_due() or args.num_actors:
+            own = {"reward_sums": reward_sums.cpu()}
+            if not args.num_actors and envs.has_state:
+                own |= {"generator": generator.get_state(), "envs": envs.get_state()}
+            run.save({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)  # written if it is due
         if run.stopping:
             break
 
     stages.close()
-    if args.num_actors:
-        actors.close()
+    actors.close()
     run.finish(agent)

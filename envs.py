@@ -288,6 +288,7 @@ class NativeVectorEnv(gym.vector.VectorEnv):
     episode_info = True
     info_names = ()  # buffers that come along in `infos`, and as "final_" + name when an episode ends
     unseen_dim = 0  # length of infos["unseen"] of an agent
+    has_state = True  # whether get_state and set_state work
     stat_names = ("r", "l")  # columns of buffers["stats"]
     max_steps = None
     start_shapes = {}
@@ -3171,7 +3172,13 @@ def _stage_returns(text):
 
 
 class Stages(list):
-    """Vectors of environments, one for each stage of training."""
+    """Vectors of environments, one for each stage of training; as a context, closed at its end."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
 
     def close(self):
         for envs in reversed(self):  # each puts back the global generators as it found them
@@ -3189,24 +3196,19 @@ def _closed_if_refused(envs):
         raise
 
 
-def make_stages(args, num_envs, num_workers, env_kwargs):
-    """The vectors of environments to train in, one for each stage of args.train_kwargs."""
+def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, checked=False):
+    """The vectors of environments to train in, one for each stage of args.train_kwargs.
+
+    ValueError unless agents observe and act in every stage as in the task itself, which `env_kwargs` describes, and
+    unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms whose policy
+    passes messages where agents have neighbours. What an actor makes was `checked` by its learner.
+    """
     stages = Stages()
     with _closed_if_refused(stages):
         for own in split_stages(env_kwargs, args.train_kwargs):
             stages.append(make_vec(args.env_id, num_envs, num_workers, **own))
-    return stages
-
-
-def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False):
-    """`make_stages`, checked.
-
-    ValueError unless agents observe and act in every stage as in the task itself, which `env_kwargs` describes, and
-    unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms whose policy
-    passes messages where agents have neighbours.
-    """
-    stages = make_stages(args, num_envs, num_workers, env_kwargs)
-    with _closed_if_refused(stages):
+        if checked:
+            return stages
         if args.train_kwargs:
             task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
             task.close()
@@ -3522,6 +3524,7 @@ class Run:
         if self.world_size > 1:
             dist.init_process_group("nccl" if args.cuda else "gloo")
         self.signals = []  # when SIGINT or SIGTERM came
+        self.due = False  # whether `checkpoint_due`
         self.stopping = False
         for number in SIGNALS:  # before the run says that it is there
             signal.signal(number, self._take_signal)
@@ -3548,6 +3551,10 @@ class Run:
     @property
     def own(self):
         return self.checkpoint["ranks"][self.rank]
+
+    def make_seed(self, *keys):
+        """A seed for what this process begins at this step, told from others by as many non-negative integers."""
+        return make_seed(self.args["seed"], self.rank, self.step, *keys)
 
     @contextlib.contextmanager
     def restoring(self):
@@ -3662,19 +3669,16 @@ class Run:
 
         signals = torch.tensor(float(len(self.signals)), device=self.device)
         self.stopping = bool(average(signals) > 0)  # in all processes or in none
-        return self._is_due("checkpoint_every") or self.stopping
+        self.due = self._is_due("checkpoint_every") or self.stopping
+        return self.due
 
     def save(self, state, own=None):
-        """Write a checkpoint: `state`, a dict of what all processes have in common, and `own` of what each has alone.
+        """Put a checkpoint together, and write it if `checkpoint_due` said so; else `write_checkpoint` may do it later.
 
-        Found again as `run.checkpoint`, which has the items of `state`, and as `run.own`, with the state of torch's
-        random numbers beside it.
+        `state` is a dict of what all processes have in common, `own` of what each has alone. Found again as
+        `run.checkpoint`, which has the items of `state`, and as `run.own`, with the state of torch's random numbers
+        beside it.
         """
-        self.keep(state, own)
-        self.write_checkpoint()
-
-    def keep(self, state, own=None):
-        """Put a checkpoint together without writing it."""
         import torch
         import torch.distributed as dist
 
@@ -3686,6 +3690,8 @@ class Run:
         if self.world_size > 1:
             dist.all_gather_object(ranks, own)
         self.checkpoint = state | {"args": self.args, "step": self.step, "stage": self.stage, "ranks": ranks}
+        if self.due:
+            self.write_checkpoint()
 
     def write_checkpoint(self):
         if self.rank == 0 and self.checkpoint:
@@ -3964,6 +3970,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
     episode_info = True
     info_names = ()
     unseen_dim = 0
+    has_state = False
     stat_names = ("r", "l")
 
     def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
@@ -4183,6 +4190,7 @@ class PoolVectorEnv(gym.vector.VectorEnv):
         self.episode_info = probe.episode_info
         self.info_names = probe.info_names
         self.unseen_dim = probe.unseen_dim
+        self.has_state = probe.has_state
         self.stat_names = probe.stat_names
         self.single_observation_space = probe.single_observation_space
         self.single_action_space = probe.single_action_space
@@ -4399,7 +4407,7 @@ def _kill_orphans(pid):
 
 
 def _check_may_fork(num_workers):
-    if multiprocessing.current_process().daemon:
+    if num_workers and multiprocessing.current_process().daemon:
         reason = "this process is daemonic (a worker of a multiprocessing.Pool?) and may start no others"
         raise ValueError(f"workers are {num_workers}: {reason}, so they must be 0")
 
@@ -4524,20 +4532,22 @@ class Published:
 class StreamPool:
     """Forked workers that fill buffers without end, each at its own pace, while the caller uses what is full.
 
-    produce(worker, starts, todo, published) is what a worker does: a generator that takes each buffer of `todo`, fills
-    it by the vector that is then `published`, a `Published`, and yields that vector's version. `starts` is the number
-    of workers started before. make_buffer() makes a buffer, in shared memory: every worker owns two, one to fill while
-    the other waits for the caller. The lag of a buffer is how many versions later than the one that filled it the
-    newest is; with more than `max_lag` it is filled anew, and with 0 there is one buffer to a worker.
+    produce(seed, todo, published) is what a worker does: a generator that takes each buffer of `todo`, fills it by the
+    vector that is then `published`, a `Published`, and yields that vector's version. Its seed is make_seed(worker,
+    starts), with the number of workers started before: one in a dead one's place has draws of its own. make_buffer()
+    makes a buffer, in shared memory: every worker owns two, one to fill while the other waits for the caller. The lag
+    of a buffer is how many versions later than the one that filled it the newest is; with more than `max_lag` it is
+    filled anew, and with 0 there is one buffer to a worker. With 0 workers it does nothing.
 
     A worker that dies is replaced, an exception in one is raised by `take`. A process each and no Pool: what is forked
     in the place of a dead one is then forked by the caller in `take`, and not by a thread of the Pool's in the middle
     of something else.
     """
 
-    def __init__(self, produce, num_workers, make_buffer, max_lag):
+    def __init__(self, produce, num_workers, make_buffer, max_lag, make_seed):
         _check_may_fork(num_workers)
         self.produce = produce
+        self.make_seed = make_seed
         self.max_lag = max_lag
         slots = 1 if max_lag == 0 else 2
         self.buffers = [[make_buffer() for _ in range(slots)] for _ in range(num_workers)]
@@ -4568,19 +4578,31 @@ class StreamPool:
         """Another integer that workers find in what is published: in which stage they are to work."""
         self.published.stage = stage
 
-    def take(self, count, stop=lambda: False):
-        """[(worker, buffer, lag)] of the `count` that were full first; they stay as they are until `release`.
+    def take(self, count, run=None):
+        """(workers, buffers, lags) of the `count` buffers that were full first; they stay as they are until `release`.
 
-        RuntimeError if a worker fails, or too many die, or if `stop()` is true and soon after there are still too few.
+        RuntimeError if a worker fails, or too many die, or if `run`, a `Run`, is told to stop and soon after there are
+        still too few. Its checkpoint is written before.
         """
-        newest = self.published.version
+        try:
+            self._await(count, run)
+        except RuntimeError:
+            if run is not None:
+                run.write_checkpoint()
+            raise
+        workers = [worker for worker, _, _ in self.taken]
+        buffers = [self.buffers[worker][slot] for worker, slot, _ in self.taken]
+        lags = [self.published.version - version for _, _, version in self.taken]
+        return workers, buffers, lags
+
+    def _await(self, count, run):
         began = time.monotonic()
         deadline = math.inf
         while len(self.taken) < count:
             while not self.arrived:
                 self._wait()
                 now = time.monotonic()
-                if stop():
+                if run is not None and run.signals:
                     deadline = min(deadline, now + CLOSE_SECONDS)
                 if now > deadline:
                     raise RuntimeError(f"stopped while waiting for {self._awaited(now - began)}")
@@ -4588,12 +4610,11 @@ class StreamPool:
                     self.patient = False
                     print(f"\nwaiting for {self._awaited(now - began)}")
             worker, slot, version = self.arrived.popleft()
-            if newest - version <= self.max_lag:
+            if self.published.version - version <= self.max_lag:
                 self.taken.append((worker, slot, version))
             else:
                 self.discarded += 1
                 self._give(worker, slot)
-        return [(worker, self.buffers[worker][slot], newest - version) for worker, slot, version in self.taken]
 
     def release(self):
         """Give back what was taken."""
@@ -4631,7 +4652,8 @@ class StreamPool:
     def _fork(self, worker):
         self.channels[worker], channel = multiprocessing.Pipe()
         callers_ends = list(self.channels.values())
-        arguments = (self.produce, worker, self.starts, self.buffers[worker], self.published, channel, callers_ends)
+        produce = partial(self.produce, self.make_seed(worker, self.starts))
+        arguments = (produce, self.starts, self.buffers[worker], self.published, channel, callers_ends)
         context = multiprocessing.get_context("fork")
         self.processes[worker] = context.Process(target=_stream, args=(os.getpid(), *arguments), daemon=True)
         self.processes[worker].start()
@@ -4660,7 +4682,7 @@ class StreamPool:
             self.channels[worker].send(slot)
 
 
-def _stream(caller, produce, worker, starts, buffers, published, channel, callers_ends):
+def _stream(caller, produce, starts, buffers, published, channel, callers_ends):
     """A StreamPool's worker: for every slot that comes through the channel, fill it and send back (slot, version)."""
     _quieten_torch()
     # They go to all processes of a job, but the caller decides; SIG_IGN would stay with what an environment starts.
@@ -4678,7 +4700,7 @@ def _stream(caller, produce, worker, starts, buffers, published, channel, caller
 
     try:
         with _household(caller, starts):
-            for version in produce(worker, starts, todo(), published):
+            for version in produce(todo(), published):
                 channel.send((slot, version))
     except BaseException:  # an EOFError, too: the caller has closed its end of the pipe
         with contextlib.suppress(ConnectionError):  # nobody is left to hear of it

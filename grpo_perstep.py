@@ -276,7 +276,6 @@ if __name__ == "__main__":
             b_logprobs = agent.get_policy(b_obs).log_prob(b_actions)
             b_reference = reference.get_policy(b_obs).logprobs  # (batch, n_actions)
         losses = []  # of every minibatch
-        kl_exceeded = False
         for _ in range(args.update_epochs):
             # Not chunk: in a torchrun every process has as many minibatches, whatever its number of steps
             for mb_inds in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):
@@ -300,8 +299,8 @@ if __name__ == "__main__":
                 approx_kl = (ratio - 1 - logratio).mean()
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 losses.append(torch.stack([pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac]).detach())
-                if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
-                    kl_exceeded = True
+                kl_exceeded = args.target_kl is not None and average(approx_kl.detach()) > args.target_kl
+                if kl_exceeded:
                     break
                 weights.grad.zero_()
                 loss.backward()

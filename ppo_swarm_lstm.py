@@ -7,9 +7,8 @@
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
-Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438). `--critic local` makes it IPPO (arXiv 2011.09533),
-`--critic central` MAPPO (arXiv 2103.01955), whose critic pools over the swarm and so takes any number of agents. How
-it departs from CleanRL's ppo_continuous_action.py:
+Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438): IPPO (arXiv 2011.09533), or, with a central critic, which
+pools over a swarm of any size, MAPPO (arXiv 2103.01955). How it departs from CleanRL's ppo_continuous_action.py:
 
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
@@ -216,8 +215,7 @@ class Agent(nn.Module):
 
     def get_policy(self, obs, neighbors, state, starts):
         features, state = self.actor(obs, neighbors, state, starts)
-        output = self.actor_mean(features).view(*obs.shape[:-1], -1)
-        mean, guess = output.tensor_split([len(self.action_low)], dim=-1)
+        mean, guess = self.actor_mean(features).view(*obs.shape[:-1], -1).tensor_split([len(self.action_low)], dim=-1)
         policy = SquashedNormal(mean, self.actor_logstd, self.action_low, self.action_high)
         policy.guess = guess  # of what the agent does not see
         return policy, state
@@ -282,9 +280,8 @@ def to_tensors(observations, infos, device):
 def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lambda):
     """Advantages (num_steps, num_envs, n_agents); so are rewards, values and final_values. dones are (..., 1).
 
-    Where dones is 1 an episode ended: the value of what came next is then not that of the next step, which belongs to
-    another episode, but final_values: V(final_obs) if a time limit cut the episode off, 0 if it terminated. Nothing
-    else crosses that line.
+    Where dones is 1 an episode ended, and what came next was worth final_values: V(final_obs) if a time limit cut it
+    off, 0 if it terminated. The next step belongs to another episode, and nothing of it counts here.
     """
     advantages = torch.zeros_like(rewards)
     advantage = 0
@@ -392,7 +389,6 @@ if __name__ == "__main__":
         b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values, b_unseen = batch
         b_starts = torch.cat([torch.zeros_like(dones[:1]), dones[:-1]]).transpose(0, 1)  # (num_envs, num_steps, 1)
         losses = []  # of every minibatch
-        kl_exceeded = False
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
                 mb_obs = b_obs.index_select(0, mb_inds)  # for wide rows faster than b_obs[mb_inds]
@@ -425,8 +421,8 @@ if __name__ == "__main__":
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 terms = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
                 losses.append(torch.stack(terms).detach())
-                if args.target_kl is not None and average(approx_kl.detach()) > args.target_kl:
-                    kl_exceeded = True
+                kl_exceeded = args.target_kl is not None and average(approx_kl.detach()) > args.target_kl
+                if kl_exceeded:
                     break
                 weights.grad.zero_()
                 loss.backward()

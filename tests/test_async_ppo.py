@@ -202,11 +202,11 @@ def test_with_and_without_a_lag_the_returns_are_their_definitions_for_any_patter
     ratios = torch.tensor(ratios, dtype=torch.float64).view(num_steps, num_envs, 1)
     for got, expected in (
         (
-            compute_gae(**batch, rhos=torch.ones_like(ratios), gamma=GAMMA, gae_lambda=gae_lambda),
+            compute_gae(**batch, rho=torch.ones_like(ratios), gamma=GAMMA, gae_lambda=gae_lambda),
             gae_by_definition(**batch, gamma=GAMMA, gae_lambda=gae_lambda),
         ),
         (
-            compute_gae(**batch, rhos=ratios.clamp(max=1), gamma=GAMMA, gae_lambda=gae_lambda),
+            compute_gae(**batch, rho=ratios.clamp(max=1), gamma=GAMMA, gae_lambda=gae_lambda),
             vtrace_by_definition(**batch, ratios=ratios, gamma=GAMMA, gae_lambda=gae_lambda),
         ),
     ):
@@ -214,14 +214,14 @@ def test_with_and_without_a_lag_the_returns_are_their_definitions_for_any_patter
 
 
 def test_nothing_after_an_episodes_end_reaches_what_comes_before_it():
-    batch, rhos = fragment(), torch.full((9, 3, 1), 0.7, dtype=torch.float64)
+    batch, rho = fragment(), torch.full((9, 3, 1), 0.7, dtype=torch.float64)
     batch["dones"] = torch.zeros(9, 3, 2, dtype=torch.float64)
     batch["dones"][4] = 1
-    before = compute_gae(**batch, rhos=rhos, gamma=GAMMA, gae_lambda=0.9)
+    before = compute_gae(**batch, rho=rho, gamma=GAMMA, gae_lambda=0.9)
     for name in ("rewards", "values", "final_values"):
         batch[name][5:] += 100.0
     batch["last_value"] += 100.0
-    after = compute_gae(**batch, rhos=rhos, gamma=GAMMA, gae_lambda=0.9)
+    after = compute_gae(**batch, rho=rho, gamma=GAMMA, gae_lambda=0.9)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one[:5], other[:5]) and not torch.isclose(one[5:], other[5:]).any()
 
@@ -354,15 +354,20 @@ def acting(num_actors, max_lag, seed=0, **env_kwargs):
     torch.manual_seed(seed)
     world = envs.make_vec(PACED_ID, 2, 0)
     agent = Agent(args, world)
-    produce = partial(act, args, (seed, 0, 0))
     make_buffer = partial(envs.make_fragment, world, args.num_steps)
-    actors = envs.StreamPool(produce, num_actors, make_buffer, max_lag)
+    make_seed = partial(envs.make_seed, seed)
+    actors = envs.StreamPool(partial(act, args), num_actors, make_buffer, max_lag, make_seed)
     actors.start(as_vector(agent).numpy(), 0)
     try:
         yield agent, actors
     finally:
         actors.close()
     assert not any(process.is_alive() for process in actors.processes.values())
+
+
+def take(actors, count):
+    """[(actor, fragment, lag)], as `StreamPool.take` has them."""
+    return list(zip(*actors.take(count), strict=True))
 
 
 def as_vector(agent):
@@ -388,7 +393,7 @@ def test_whatever_the_delays_a_fragment_is_of_the_policy_it_says_and_that_is_not
     with acting(3, max_lag, seed, pause=pause, slow_pause=slow_pause) as (agent, actors):
         versions, last = [as_vector(agent)], {}
         for version in range(1, 16):
-            taken = actors.take(3)
+            taken = take(actors, 3)
             held = [{name: array.copy() for name, array in fragment.items()} for _, fragment, _ in taken]
             assert len(taken) == 3
             for owner, fragment, lag in taken:
@@ -411,27 +416,27 @@ def test_whatever_the_delays_a_fragment_is_of_the_policy_it_says_and_that_is_not
 
 def test_actors_live_in_worlds_of_their_own_and_draw_actions_of_their_own():
     with acting(3, 0) as (_, actors):
-        taken = actors.take(3)
+        taken = take(actors, 3)
         for name in ("obs", "actions"):
             arrays = [fragment[name].tobytes() for _, fragment, _ in taken]
             assert len(set(arrays)) == 3
     with acting(3, 0) as (_, actors):
-        again = {owner: fragment["obs"].copy() for owner, fragment, _ in actors.take(3)}
+        again = {owner: fragment["obs"].copy() for owner, fragment, _ in take(actors, 3)}
     assert all((again[owner] == fragment["obs"]).all() for owner, fragment, _ in taken)  # that depend on the seed
     with acting(1, 0, 1) as (_, actors):
-        assert not (actors.take(1)[0][1]["obs"] == again[0]).all()
+        assert not (take(actors, 1)[0][1]["obs"] == again[0]).all()
 
 
 @pytest.mark.parametrize("max_lag", [0, 1])
 def test_who_replaces_a_dead_actor_gets_its_free_fragments_and_a_world_of_its_own(capsys, max_lag):
     with acting(2, max_lag) as (agent, actors):
-        before, later = {fragment["obs"][0].tobytes() for _, fragment, _ in actors.take(2)}, []
+        before, later = {fragment["obs"][0].tobytes() for _, fragment, _ in take(actors, 2)}, []
         dead = actors.processes[0]
         os.kill(dead.pid, signal.SIGKILL)
         dead.join()
         learn(agent, actors, 1)
         for version in range(2, 10):
-            taken = actors.take(2)
+            taken = take(actors, 2)
             assert taken[0][1] is not taken[1][1]  # no fragment is in two hands
             later += [(owner, fragment["obs"][0].tobytes()) for owner, fragment, _ in taken]
             learn(agent, actors, version)
@@ -531,7 +536,7 @@ def test_the_run_gives_each_head_its_rewards_and_its_discount_and_cuts_the_ratio
         assert (batch["final_obs"][ended] != 0).all() and (batch["final_obs"] != batch["obs"][1:])[ended].all()
         assert torch.equal(batch["next_obs"][~ended], batch["obs"][1:][~ended])
         ratios = (batch["new_logprobs"] - batch["logprobs"]).exp()
-        torch.testing.assert_close(batch["rhos"][..., 0], ratios.clamp(max=1))
+        torch.testing.assert_close(batch["rho"][..., 0], ratios.clamp(max=1))
     assert ratios.max() > 1 and ratios.min() < 0.99  # with a lag, which the first update cannot have
 
 

@@ -479,6 +479,7 @@ def test_torchs_random_numbers_go_on_where_the_checkpoint_was():
     first = start()
     torch.rand(3)
     first.log(10, {})
+    assert first.checkpoint_due()
     first.save({"model": agent.state_dict()}, {"own": 5})
     expected = torch.rand(4)
     first.unlock()

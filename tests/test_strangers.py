@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from functools import partial
@@ -131,7 +132,7 @@ def third_step(num_workers, **kwargs):
     return result
 
 
-def fill(kwargs, worker, starts, todo, published):
+def fill(kwargs, worker, todo, published):
     """A StreamPool's worker that steps strange environments."""
     with contextlib.closing(envs.make_vec("Strange-v0", 2, 0, **kwargs)) as vector:
         observations, _ = vector.reset(seed=worker)
@@ -144,7 +145,8 @@ def fill(kwargs, worker, starts, todo, published):
 
 @contextlib.contextmanager
 def stream(**kwargs):
-    actors = envs.StreamPool(partial(fill, kwargs), 2, partial(envs.shared_array, (4, 2, 3), np.float32), max_lag=0)
+    make_buffer = partial(envs.shared_array, (4, 2, 3), np.float32)
+    actors = envs.StreamPool(partial(fill, kwargs), 2, make_buffer, 0, lambda worker, starts: worker)
     try:
         actors.start(np.zeros(1, np.float32), 0)
         yield actors
@@ -253,7 +255,7 @@ def test_the_callers_generators_go_on_where_they_were():
 @linux
 def test_actors_draw_numbers_of_their_own():
     with stream(act="draw") as actors:
-        first, second = (buffer.copy() for _, buffer, _ in actors.take(2))
+        first, second = (buffer.copy() for buffer in actors.take(2)[1])
     assert not np.isin(first[first > 0], second).any()
 
 
@@ -292,9 +294,12 @@ def test_a_caller_that_waits_for_long_says_for_whom(monkeypatch, capsys):
 def test_a_stream_that_hangs_can_be_stopped():
     with stream(act="hang") as actors:
         start = time.monotonic()
+        run = SimpleNamespace(signals=[], write_checkpoint=lambda: written.append(time.monotonic() - start))
+        written = []
+        threading.Timer(0.5, lambda: run.signals.append(time.monotonic())).start()
         with pytest.raises(RuntimeError, match=r"stopped while waiting for workers \[0, 1\], since"):
-            actors.take(2, stop=lambda: time.monotonic() > start + 0.5)
-        assert time.monotonic() - start < 10
+            actors.take(2, run)
+        assert len(written) == 1 and written[0] < time.monotonic() - start < 10
 
 
 # What they start -----------------------------------------------------------------------------------------------------
@@ -326,10 +331,10 @@ def test_processes_of_an_environments_end_with_its_worker(act, ending):
 @pytest.mark.parametrize("act", ["process", "program"])
 def test_processes_of_an_actors_environments_end_with_it(act):
     with stream(act=act) as actors:
-        before = [pid for _, buffer, _ in actors.take(2) for pid in started(buffer[0])]
+        before = [pid for buffer in actors.take(2)[1] for pid in started(buffer[0])]
         actors.processes[0].kill()
         actors.release()
-        after = [pid for _, buffer, _ in actors.take(2) for pid in started(buffer[0])]
+        after = [pid for buffer in actors.take(2)[1] for pid in started(buffer[0])]
         assert len(set(before)) == 4 and not any(map(ended, after[2:]))
     assert wait_until(lambda: all(map(ended, before + after)))
 
@@ -347,7 +352,7 @@ if {kind == "pool"}:
     pids = strangers.started(vector.reset(seed=0)[0])
 else:
     actors = strangers.stream(act="program")
-    pids = [pid for _, buffer, _ in actors.__enter__().take(2) for pid in strangers.started(buffer[0])]
+    pids = [pid for buffer in actors.__enter__().take(2)[1] for pid in strangers.started(buffer[0])]
 print(*pids, flush=True)
 time.sleep(1000)
 """
@@ -455,8 +460,8 @@ def test_a_missing_time_limit_is_said_at_the_start(env_id, capsys):
 
 def test_actors_do_not_say_it_again(capsys):
     args = SimpleNamespace(env_id="Strange-v0", eval_env_id="Strange-v0", eval_env_kwargs={}, train_kwargs={})
-    for make, times in ((envs.make_all, 1), (envs.make_stages, 0)):
-        make(args, 2, 0, {}).close()
+    for checked, times in ((False, 1), (True, 0)):
+        envs.make_all(args, 2, 0, {}, checked=checked).close()
         assert capsys.readouterr().out.count("registered without a time limit") == times
 
 
