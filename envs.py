@@ -3118,10 +3118,8 @@ def check_args(args, rows=None):
         for name, value in kwargs.items():
             if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, and so true in any case
                 raise ValueError(f"{name} is {value!r}, a text: as a truth value it must be True or False")
-    for name in ("env_kwargs", "train_kwargs"):
-        if "n_agents" in getattr(args, name) and hasattr(args, "n_agents"):
-            given = f"{name} is {getattr(args, name)}"
-            raise ValueError(f"{given}: n_agents must be given by itself, as --n-agents, and stays as it is")
+    if "n_agents" in args.env_kwargs and hasattr(args, "n_agents"):
+        raise ValueError(f"env_kwargs is {args.env_kwargs}: n_agents must be given by itself, as --n-agents")
     if args.stage_returns is not None:
         ends = len(stages) - 1  # of stages: the last one has none
         if ends == 0 or len(_stage_returns(args.stage_returns)) != ends:
@@ -3199,9 +3197,9 @@ def _closed_if_refused(envs):
 def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, checked=False):
     """The vectors of environments to train in, one for each stage of args.train_kwargs.
 
-    ValueError unless agents observe and act in every stage as in the task itself, which `env_kwargs` describes, and
-    unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms whose policy
-    passes messages where agents have neighbours. What an actor makes was `checked` by its learner.
+    ValueError unless agents, however many, observe and act in every stage as in the task itself, which `env_kwargs`
+    describes, and unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms
+    whose policy passes messages where agents have neighbours. What an actor makes was `checked` by its learner.
     """
     stages = Stages()
     with _closed_if_refused(stages):
@@ -3213,10 +3211,13 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, check
             task = make_vec(args.env_id, 1, num_workers=0, **env_kwargs)
             task.close()
             for own, envs in zip(split_stages(env_kwargs, args.train_kwargs), stages, strict=True):
-                same_observations = envs.single_observation_space == task.single_observation_space
-                if not same_observations or envs.single_action_space != task.single_action_space:
+                if _of_one_agent(envs) != _of_one_agent(task):
                     must = "agents must observe and act as without it"
                     raise ValueError(f"train_kwargs is {args.train_kwargs}: {must}, which they do not with {own}")
+                all_share = getattr(args, "share_policy", True) and getattr(args, "share_critic", True)
+                if envs.single_observation_space.shape != task.single_observation_space.shape and not all_share:
+                    must = "agents with policies or critics of their own must be as many as without it"
+                    raise ValueError(f"train_kwargs is {args.train_kwargs}: {must}, which they are not with {own}")
         if hasattr(args, "eval_env_id"):  # the scripts for single agents have it
             check_spaces(args, stages[0], discrete_only)
         elif args.policy != "mlp" and "neighbors" not in stages[0].info_names:
@@ -3225,6 +3226,14 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, check
             for envs in stages:
                 compile_kernels(envs)  # once, here, and not in every actor
     return stages
+
+
+def _of_one_agent(envs):
+    """(observation space, action space) of the first agent, or of the only one."""
+    spaces = envs.single_observation_space, envs.single_action_space
+    if isinstance(envs, NativeVectorEnv | PoolVectorEnv) and len(spaces[0].shape) > 1:
+        spaces = tuple(gym.spaces.Box(space.low[0], space.high[0], dtype=space.dtype) for space in spaces)
+    return spaces
 
 
 class _Output:

@@ -318,36 +318,36 @@ if __name__ == "__main__":
         raise SystemExit
 
     steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
-    num_iterations = args.total_timesteps // steps_per_iteration
+    total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
+    dones = torch.zeros((args.num_steps, args.num_envs, 1), device=device)  # of all agents of an environment
+    memory = torch.zeros((2, 2, *observations.shape[:2], args.hidden_dim), device=device)  # of actor and critic, (h, c)
 
-    # Storage
-    shape = (args.num_steps, args.num_envs, args.n_agents)
-    first_obs, first_neighbors = to_tensors(observations, infos, device)
-    obs = torch.zeros((*shape, first_obs.shape[-1]), device=device)
-    neighbors = torch.zeros((*shape, first_neighbors.shape[-1]), dtype=torch.int64, device=device)
-    raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
-    logprobs = torch.zeros(shape, device=device)
-    rewards = torch.zeros(shape, device=device)
-    values = torch.zeros(shape, device=device)
-    final_values = torch.zeros(shape, device=device)
-    dones = torch.zeros((*shape[:2], 1), device=device)
-    unseen = torch.zeros((*shape, envs.unseen_dim), device=device)
-    memory = torch.zeros((2, 2, *shape[1:], args.hidden_dim), device=device)  # of actor and critic, each (h, c)
-
-    run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.env_id, env_kwargs)
+    run = Run(args, agent.make_policy, total_steps, args.env_id, env_kwargs)
     if run.checkpoint:
         with run.restoring():
             agent.load_state_dict(run.checkpoint["model"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             envs = stages[run.stage]
             observations, infos = envs.set_state(run.own["envs"])
-            memory[:] = run.own["memory"]
+            memory = run.own["memory"].to(device)
 
-    for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
-        remaining = 1 - (iteration - 1) / num_iterations  # share of the training
+    while run.step < total_steps:
+        remaining = 1 - run.step / total_steps  # share of the training
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         team_share = args.team_reward * remaining
+
+        # Storage
+        first_obs, first_neighbors = to_tensors(observations, infos, device)
+        shape = (args.num_steps, *first_obs.shape[:2])  # (num_steps, num_envs, n_agents)
+        obs = torch.zeros((*shape, first_obs.shape[-1]), device=device)
+        neighbors = torch.zeros((*shape, first_neighbors.shape[-1]), dtype=torch.int64, device=device)
+        raw_actions = torch.zeros((*shape, envs.single_action_space.shape[-1]), device=device)
+        logprobs = torch.zeros(shape, device=device)
+        rewards = torch.zeros(shape, device=device)
+        values = torch.zeros(shape, device=device)
+        final_values = torch.zeros(shape, device=device)
+        unseen = torch.zeros((*shape, envs.unseen_dim), device=device)
 
         # Rollout
         run.clock("rollout")
@@ -366,7 +366,6 @@ if __name__ == "__main__":
             rewards[step] = torch.from_numpy(reward + team_share * (reward.mean(-1, keepdims=True) - reward))
             dones[step, :, 0] = torch.from_numpy(terminations | truncations)
             # Bootstrap what a time limit cut off
-            final_values[step] = 0
             cut_off = truncations & ~terminations  # (num_envs,)
             if cut_off.any():
                 with torch.no_grad():
@@ -446,14 +445,14 @@ if __name__ == "__main__":
             "losses/std": agent.actor_logstd.detach().exp().mean(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
-        run.log(iteration * steps_per_iteration, scalars)
+        run.log(run.step + math.prod(shape) * world_size, scalars)
         run.evaluate(agent.state_dict())  # if it is time
 
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
             observations, infos = envs.reset(seed=seed + run.step, options={"stagger": True})
-            dones[-1] = 1  # nobody remembers the stage before
+            memory = torch.zeros((2, 2, *observations.shape[:2], args.hidden_dim), device=device)
 
         # Checkpoint
         if run.checkpoint_due():

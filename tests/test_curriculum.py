@@ -49,7 +49,7 @@ def test_without_several_values_there_is_one_stage():
     ("args", "message"),
     [
         (dict(train_kwargs={"dt": "1,2", "radius": "1,2,3"}), "dt must have 3 values, as others have, or one"),
-        (dict(train_kwargs={"n_agents": 4}), "train_kwargs is .* n_agents must be given by itself, .* stays as it is"),
+        (dict(env_kwargs={"n_agents": 4}), "env_kwargs is .* n_agents must be given by itself, as --n-agents"),
         (dict(train_kwargs={"count_self": "True,false"}), "count_self is 'false', a text"),
         (dict(train_kwargs={"dt": "1,2"}, stage_returns="1,2"), "stage_returns is '1,2': with 2 .* must be 1 numbers"),
         (dict(train_kwargs={"dt": "1,2"}, stage_returns="soon"), "stage_returns is 'soon': .* must be 1 numbers"),
@@ -71,6 +71,13 @@ def test_agents_must_observe_and_act_as_in_the_task_itself(n_neighbors):
     args = ppo_swarm.Args(train_kwargs={"n_neighbors": n_neighbors})
     with pytest.raises(ValueError, match="must observe and act as without it, .* not with .*'n_neighbors': 4"):
         envs.make_all(args, 2, 0, {})
+
+
+@pytest.mark.parametrize("own", [{"share_policy": False}, {"share_critic": False}])
+def test_agents_with_a_network_of_their_own_stay_as_many(own):
+    args = ppo_swarm.Args(train_kwargs={"n_agents": "10,4"}, **own)
+    with pytest.raises(ValueError, match="must be as many as without it, which they are not with .*'n_agents': 4"):
+        envs.make_all(args, 2, 0, {"n_agents": 10})
 
 
 def test_a_task_that_cannot_be_made_is_said_at_the_start():
@@ -152,6 +159,30 @@ def test_a_run_goes_through_its_stages_and_stopped_before_or_after_the_change_en
         assert first.code == 0 and "stopped at" in first.output, first.output
         checkpoint = saved(first.folder / "checkpoint.pt")
         assert checkpoint["stage"] == (count >= change)
+        second = nursery.run_one(cwd, script=file, **args)
+        assert second.code == 0 and "resumed at" in second.output, second.output
+        assert_same_weights(second.folder / "model.pt", whole.folder / "model.pt")
+        assert_same_curves(second.folder, whole.folder)
+
+
+GROWING = BRIEF | SHORT | dict(train_kwargs=dict(max_steps=9, n_agents="2,6"), checkpoint_every=1)
+GROWING |= dict(total_timesteps=4 * PER_ITERATION)
+
+
+@pytest.mark.parametrize("script", ["ppo_swarm", "ppo_swarm_lstm"])
+@pytest.mark.parametrize("policy", [dict(env_id="Swarm", policy="gnn"), dict(env_id="LidarNavigation")])
+def test_a_swarm_grows_from_stage_to_stage(nursery, tmp_path, script, policy):
+    args, file = GROWING | policy, ROOT / f"{script}.py"
+    whole = nursery.run_one(tmp_path / "whole", script=file, **args)
+    assert whole.code == 0, whole.output
+    at, stages = zip(*curves(whole.folder)["charts/stage"], strict=True)
+    small, large = PER_ITERATION // 4 * 2, PER_ITERATION // 4 * 6  # agent-steps of an iteration, of 2 and of 6 agents
+    assert np.diff([0, *at]).tolist() == [small] * 4 + [large] * 2  # half of the steps each, the last ones whole
+    assert stages == (1, 1, 1, 1, 2, 2)
+    for count in (3, 4, 5):
+        cwd = tmp_path / f"stopped-{count}"
+        first = nursery.run_one(cwd, script=file, probe=f"N = {count}\n{STOP}", **args)
+        assert first.code == 0 and "stopped at" in first.output, first.output
         second = nursery.run_one(cwd, script=file, **args)
         assert second.code == 0 and "resumed at" in second.output, second.output
         assert_same_weights(second.folder / "model.pt", whole.folder / "model.pt")
