@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 CONTINUOUS = (
     "--num-actors 1 --num-envs 8 --num-steps 256 --gamma 0.99 --gae-lambda 0.95 --num-minibatches 32 "
-    "--learning-rate 3e-4 --norm-obs"
+    "--learning-rate 3e-4 --norm-obs --norm-reward"
 )
 DISCRETE = "--num-actors 1 --norm-obs"
 EVALUATIONS = 10  # in a run, of so many episodes each:
