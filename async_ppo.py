@@ -10,17 +10,17 @@
     tensorboard --logdir runs
 
 Each actor is a process with environments of its own. It takes the newest weights, runs them for num_steps steps,
-leaves this fragment in shared memory and goes on. The learner trains on fragments as they come, as many to an update
-as there are actors, so that a slow one holds up nobody. How it departs from ppo_swarm.py:
+leaves these, a fragment, in shared memory and goes on. The learner trains on fragments as they come, as many to an
+update as there are actors, so that a slow one holds up nobody. How it departs from ppo_swarm.py:
 
 1. One agent to an environment, actions discrete or continuous; rewards and observations may be normalised.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
    Fragments with more than max_lag are thrown away; an actor whose fragments are all full waits.
-3. The probability ratio to the policy that acted has two factors (decoupled PPO, arXiv 2110.00641): that of the
-   policy before the update to the one that acted weighs the loss, that of the newest to the one before is clipped.
-   V-trace (arXiv 1802.01561) also corrects the returns, with lambda; the ratio already weighs the advantages.
-4. With rnd_coef the critic has a second head, for the error with which a network predicts a random one (arXiv
-   1810.12894): intrinsic rewards, over their returns' standard deviation, with their own discount and no episodes.
+3. Three policies count (decoupled PPO, arXiv 2110.00641): the one that acted, the one before the update, the newest.
+   The ratio of the second to the first weighs the loss; that of the newest to the second is clipped. With vtrace
+   (arXiv 1802.01561, with lambda) the first of these ratios, cut off at 1, also corrects the returns.
+4. With rnd_coef the critic has a second head, for intrinsic rewards: the error in predicting a random network (arXiv
+   1810.12894), over their returns' standard deviation. They have a discount of their own, and no episode ends them.
 """
 
 import math
@@ -91,8 +91,8 @@ class Args:
     vtrace: bool = False  # correct the returns by V-trace
     rnd_coef: float = 0.0  # weight of the intrinsic advantages; 0 is without Random Network Distillation
     rnd_gamma: float = 0.99  # discount of the intrinsic rewards
-    norm_reward: bool = False  # rewards are divided by the deviation of their discounted sums so far
-    norm_obs: bool = False  # the networks see observations normalised by the mean and deviation of all up to then
+    norm_reward: bool = False  # divide rewards by the deviation of their discounted sums; undoes reward_scale
+    norm_obs: bool = False  # the networks see observations normalised by the mean and deviation of all so far
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 10  # epochs over a batch
     norm_adv: bool = True  # normalise the advantages of each minibatch
@@ -150,7 +150,7 @@ class Agent(nn.Module):
         self.novelty = Novelty(n_in, args.hidden_dim) if args.rnd_coef else None
         self.return_stats = RunningStats(heads) if args.rnd_coef or args.norm_reward else None
         self.obs_stats = RunningStats(n_in)
-        # Without gradients, but parameters: the vector of weights, which actors read, then holds them
+        # Parameters, though without gradients, so that they are in the vector of weights that actors read
         self.obs_mean = nn.Parameter(torch.zeros(n_in), requires_grad=False)
         self.obs_std = nn.Parameter(torch.ones(n_in), requires_grad=False)
 
@@ -235,7 +235,7 @@ class SquashedNormal:
         return (0.5 * math.log(2 * math.pi * math.e) + self.logstd + log_det).sum(-1)
 
     def log_det_jacobian(self, u):
-        """log(d action / d u), with log(1 - tanh(u)^2) as log(4) - 2 (u + softplus(-2 u)), which keeps its digits."""
+        """log(d action / d u) = log((high - low) / 2) + log(1 - tanh(u)^2), in a form that keeps its digits."""
         return torch.log(2 * (self.high - self.low)) - 2 * (u + F.softplus(-2 * u))
 
 
@@ -364,16 +364,16 @@ def act(args, seed, todo, published):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    rank, world_size, device = setup(args)
+    _, world_size, device = setup(args)
 
-    # Environments first: workers have to be forked before torch starts threads. Actors make their own
+    # Environments first: workers have to be forked before torch starts threads. Actors make their own, as these are
     num_workers = 0 if args.num_actors else args.num_workers
     stages = make_all(args, args.num_envs // max(1, args.num_actors), num_workers, args.env_kwargs)
     envs = stages[0]
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes of a torchrun; Run seeds each anew
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
+    weights = flatten(agent)  # all parameters, as views of one vector; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -382,13 +382,13 @@ if __name__ == "__main__":
         raise SystemExit
 
     steps_per_iteration = args.num_steps * args.num_envs * world_size
-    num_iterations = args.total_timesteps // steps_per_iteration
+    total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
     # Heads of the critic: the environment's rewards and, with rnd_coef, the intrinsic ones
     gamma = torch.tensor([args.gamma, args.rnd_gamma] if args.rnd_coef else [args.gamma], device=device)
     coefs = torch.tensor([1.0, args.rnd_coef] if args.rnd_coef else [1.0], device=device)
     reward_sums = torch.zeros(max(1, args.num_actors), envs.num_envs, len(gamma), device=device)  # discounted, so far
 
-    run = Run(args, agent.make_policy, num_iterations * steps_per_iteration, args.eval_env_id, args.eval_env_kwargs)
+    run = Run(args, agent.make_policy, total_steps, args.eval_env_id, args.eval_env_kwargs)
     if run.checkpoint:
         with run.restoring():
             agent.load_state_dict(run.checkpoint["model"])
@@ -410,9 +410,9 @@ if __name__ == "__main__":
                 generator.set_state(run.own["generator"])
                 observations, _ = envs.set_state(run.own["envs"])
 
-    for iteration in range(run.step // steps_per_iteration + 1, num_iterations + 1):
+    while run.step < total_steps:
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.step / total_steps)
 
         # Rollout
         run.clock("rollout")  # in which an asynchronous learner only waits
@@ -432,7 +432,7 @@ if __name__ == "__main__":
         logprobs = data["logprobs"]
         done = data["terminations"] | data["truncations"]
         cut_off = data["truncations"] & ~data["terminations"]
-        dones = done.float().unsqueeze(-1)  # (num_steps, num_envs, heads), as rewards and values
+        dones = done.float().unsqueeze(-1)  # (num_steps, num_envs, 1), as rewards; below with intrinsic ones, 2
         rewards = args.reward_scale * data["rewards"].unsqueeze(-1)
 
         # Normalisation, and intrinsic rewards
@@ -512,7 +512,7 @@ if __name__ == "__main__":
         if args.norm_obs:
             agent.obs_mean.copy_(agent.obs_stats.mean)
             agent.obs_std.copy_(agent.obs_stats.std())
-        actors.publish(weights.numpy(force=True), iteration)
+        actors.publish(weights.numpy(force=True), run.step // steps_per_iteration + 1)
         actors.release()  # not before: they would be filled by the old weights
 
         # Log
@@ -536,7 +536,7 @@ if __name__ == "__main__":
             scalars["losses/novelty"] = rewards[..., 1].mean()
         stats = data["stats"].movedim(-1, 0).cpu().numpy()  # (len(stat_names), num_steps, num_envs)
         run.add_episodes(dict(zip(envs.stat_names, stats, strict=True)), done.cpu().numpy())
-        run.log(iteration * steps_per_iteration, scalars)
+        run.log(run.step + steps_per_iteration, scalars)
         run.evaluate(agent.state_dict())  # if it is time
 
         # The next stage, with episodes of its own
@@ -546,7 +546,7 @@ if __name__ == "__main__":
             if not args.num_actors:
                 observations, _ = envs.reset(seed=run.make_seed())
 
-        # Checkpoint: with actors one is kept after every iteration, and written if their deaths end the run in the next
+        # Checkpoint: with actors one is kept after every iteration; `take` writes it if too many of them die
         if run.checkpoint_due() or args.num_actors:
             own = {"reward_sums": reward_sums.cpu()}
             if not args.num_actors and envs.has_state:

@@ -121,7 +121,8 @@ def make_vec(
 ):
     """Build `num_envs` environments that step together, as one `gymnasium.vector.VectorEnv`.
 
-    env_id        a native id (NATIVE_ENVS lists them) or any id that `gymnasium.make` knows, also "module:id"
+    env_id        a native id (NATIVE_ENVS lists them) or any id that `gymnasium.make` knows; "module:id" for one that
+                  this module adds to NATIVE_ENVS or registers with Gymnasium
     num_workers   processes to step in; 0 steps in this process; None picks by what is being stepped
     render_mode   None, "rgb_array" or "human"
     env_kwargs    arguments of the environment's class, or of `gymnasium.make`
@@ -155,8 +156,8 @@ def make_vec(
     if num_workers is not None:
         num_workers = _integer("num_workers", num_workers, 0, num_envs)
     autoreset_mode = _valid_mode(autoreset_mode)
-    native = isinstance(env_id, str) and env_id in NATIVE_ENVS
-    make_slice = NATIVE_ENVS[env_id] if native else partial(GymnasiumVectorEnv, env_id)
+    native = find_native(env_id)
+    make_slice = native or partial(GymnasiumVectorEnv, env_id)
     if native:
         known = [name for name in inspect.signature(make_slice).parameters if name not in ("num_envs", "first_env")]
         for name in set(env_kwargs) - set(known):
@@ -184,6 +185,19 @@ def make_vec(
     if rewards.ndim > 1:  # TorchRL's name for what Gymnasium has no name for
         envs.reward_space = gym.spaces.Box(-np.inf, np.inf, rewards.shape, rewards.dtype)
     return envs
+
+
+def find_native(env_id):
+    """The class of a native id, None for all other ids. The module of "module:id" is imported: it may add a class."""
+    if not isinstance(env_id, str):
+        return None
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"env_id is {env_id!r}: {module} must be a module to import ({error!r})") from error
+    return NATIVE_ENVS.get(name)
 
 
 def _make_slice(make_envs, autoreset_mode, episode_info, num_envs, first_env=0):
@@ -312,6 +326,9 @@ class NativeVectorEnv(gym.vector.VectorEnv):
 
     def __getstate__(self):
         return self.__dict__ | {"window": None, "clock": None}  # a copy opens a window of its own
+
+    def draw(self, env):
+        raise NotImplementedError(f"{type(self).__name__} has no draw(env), which returns a picture")
 
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere; returns (observations, infos). Without a seed the streams run on."""
@@ -2899,7 +2916,7 @@ def evaluate(make_policy, env_id, num_episodes, seed, /, record=False, **env_kwa
     episode has ended; frames are pictures of the first environment, empty unless `record`. RuntimeError after
     LONGEST_EPISODE steps.
     """
-    num_workers = 0 if record or env_id in NATIVE_ENVS else None  # the rules ask native ones for their params
+    num_workers = 0 if record or find_native(env_id) else None  # the rules ask native ones for their params
     envs = make_vec(env_id, num_episodes, num_workers, render_mode="rgb_array" if record else None, **env_kwargs)
     policy = make_policy(envs)
     observations, infos = envs.reset(seed=seed)
@@ -3201,6 +3218,11 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, check
     describes, and unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms
     whose policy passes messages where agents have neighbours. What an actor makes was `checked` by its learner.
     """
+    native = find_native(args.env_id)
+    if hasattr(args, "n_agents") and (native is None or "n_agents" not in inspect.signature(native).parameters):
+        swarms = sorted(set(NATIVE_ENVS) - set(SINGLE_AGENT))
+        allowed = f"one of many agents: {', '.join(swarms)}, or your own as 'module:id'; async_ppo.py trains one agent"
+        raise ValueError(f"env_id is {args.env_id!r}: it must be {allowed}")
     stages = Stages()
     with _closed_if_refused(stages):
         for own in split_stages(env_kwargs, args.train_kwargs):
@@ -3984,9 +4006,7 @@ class GymnasiumVectorEnv(gym.vector.VectorEnv):
 
     def __init__(self, env_id, num_envs, render_mode=None, first_env=0, **env_kwargs):
         try:
-            module, _, name = env_id.rpartition(":")  # "module:id": the module registers it
-            if module:
-                importlib.import_module(module)
+            name = env_id.rpartition(":")[2]  # of "module:id", whose module has been imported
             namespace, base, version = parse_env_id(name)
             if version is None and name not in gym.registry:  # the newest one, as `gymnasium.make` takes it
                 name = get_env_id(namespace, base, find_highest_version(namespace, base))

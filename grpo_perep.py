@@ -195,9 +195,9 @@ if __name__ == "__main__":
     stages = make_all(args, num_envs, args.num_workers, args.env_kwargs, discrete_only=True)
     envs = stages[0]
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes of a torchrun; Run seeds each anew
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
+    weights = flatten(agent)  # all parameters, as views of one vector; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -243,13 +243,11 @@ if __name__ == "__main__":
                 policy = agent.get_policy(obs[step])
                 actions[step] = policy.sample()
             alive[step] = torch.from_numpy(running)
-            observations, reward, terminations, truncations, infos = envs.step(
-                policy.squash(actions[step]).cpu().numpy()
-            )
+            observations, reward, _, _, infos = envs.step(policy.squash(actions[step]).cpu().numpy())
             rewards[step] = torch.from_numpy(reward)
             if "episode" in infos:
                 run.add_episodes(infos["episode"], running & infos["_episode"])
-                running = running & ~(terminations | truncations)
+                running = running & ~infos["_episode"]
                 if not running.any():
                     break
         length = step + 1

@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
-Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438): IPPO (arXiv 2011.09533), or, with a central critic, which
-pools over a swarm of any size, MAPPO (arXiv 2103.01955). How it departs from CleanRL's ppo_continuous_action.py:
+Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438): IPPO (arXiv 2011.09533) or, with a central critic, which
+also sees the mean over all agents, MAPPO (arXiv 2103.01955). How it departs from CleanRL's ppo_continuous_action.py:
 
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
@@ -48,7 +48,7 @@ class Args:
     eval_episodes: int = 100  # held-out episodes in an evaluation
     checkpoint_every: int = 400_000  # agent-steps between checkpoints
 
-    env_id: str = "Swarm"  # a multi-agent environment of envs.py
+    env_id: str = "Swarm"  # an environment of many agents, of envs.py or your own, as in: module:Id
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
     train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5: stages
@@ -84,7 +84,7 @@ class Args:
 
     def __post_init__(self):
         check_args(self, rows=self.num_steps * self.num_envs)
-        # How a swarm gathers is the hard part, and of that short episodes have more
+        # To gather is the hard part of the task, and a larger share of short episodes
         if self.env_id == "Swarm" and "max_steps" not in self.env_kwargs:
             self.train_kwargs = {"max_steps": 60} | self.train_kwargs
         if self.team_reward is None:
@@ -223,7 +223,7 @@ class SquashedNormal:
         return (0.5 * math.log(2 * math.pi * math.e) + self.logstd + log_det).sum(-1)
 
     def log_det_jacobian(self, u):
-        """log(d action / d u), with log(1 - tanh(u)^2) as log(4) - 2 (u + softplus(-2 u)), which keeps its digits."""
+        """log(d action / d u) = log((high - low) / 2) + log(1 - tanh(u)^2), in a form that keeps its digits."""
         return torch.log(2 * (self.high - self.low)) - 2 * (u + F.softplus(-2 * u))
 
 
@@ -262,13 +262,13 @@ if __name__ == "__main__":
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
     stages = make_all(args, args.num_envs, args.num_workers, env_kwargs)
     envs = stages[0]
-    # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
+    # The first episodes begin part-way through their time, so that every rollout holds all parts of an episode
     seed = args.seed + (rank << 32)  # no other rank's: --seed is below 2**32
     observations, infos = envs.reset(seed=seed, options={"stagger": True})
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes of a torchrun; Run seeds each anew
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
+    weights = flatten(agent)  # all parameters, as views of one vector; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -276,7 +276,7 @@ if __name__ == "__main__":
         evaluate_model(args, agent, args.env_id, env_kwargs)
         raise SystemExit
 
-    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
+    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps, with n_agents
     total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
     dones = torch.zeros((args.num_steps, args.num_envs, 1), device=device)  # of all agents of an environment
 
@@ -294,7 +294,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         team_share = args.team_reward * remaining
 
-        # Storage
+        # Storage, of this iteration: a stage may have another number of agents
         first_obs, first_neighbors = to_tensors(observations, infos, device)
         shape = (args.num_steps, *first_obs.shape[:2])  # (num_steps, num_envs, n_agents)
         obs = torch.zeros((*shape, first_obs.shape[-1]), device=device)
@@ -406,7 +406,7 @@ if __name__ == "__main__":
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
-            observations, infos = envs.reset(seed=seed + run.step, options={"stagger": True})
+            observations, infos = envs.reset(seed=run.make_seed(), options={"stagger": True})
 
         # Checkpoint
         if run.checkpoint_due():

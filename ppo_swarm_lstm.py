@@ -7,15 +7,15 @@
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has environments of its own
     tensorboard --logdir runs
 
-Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438): IPPO (arXiv 2011.09533), or, with a central critic, which
-pools over a swarm of any size, MAPPO (arXiv 2103.01955). How it departs from CleanRL's ppo_continuous_action.py:
+Clipped PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438): IPPO (arXiv 2011.09533) or, with a central critic, which
+also sees the mean over all agents, MAPPO (arXiv 2103.01955). How it departs from CleanRL's ppo_continuous_action.py:
 
 1. A batch holds whole swarms (num_steps * num_envs, n_agents, ...), and steps are counted in agent-steps.
 2. Actions are squashed by tanh into the action space, and their log-prob includes the change of variables.
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
    dones[t] is 1 if an episode ended with step t; CleanRL's, if one began.
 4. Observations and rewards are neither normalised nor clipped; with team_reward the agents share rewards, at first.
-5. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold whole rollouts.
+5. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold environments with all steps.
 """
 
 import math
@@ -50,7 +50,7 @@ class Args:
     eval_episodes: int = 100  # held-out episodes in an evaluation
     checkpoint_every: int = 400_000  # agent-steps between checkpoints
 
-    env_id: str = "LidarNavigation"  # a multi-agent environment of envs.py
+    env_id: str = "LidarNavigation"  # an environment of many agents, of envs.py or your own, as in: module:Id
     n_agents: int = 10  # agents in each environment
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, as in: dt 0.1
     train_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # in training only; 9,5: stages
@@ -64,7 +64,7 @@ class Args:
     share_critic: bool = True  # one critic for all agents, or each its own
     hidden_dim: int = 64  # width of the layers
     hops: int = 1  # rounds of messages in gnn and attention
-    share_lstm: bool = False  # the critic reads the actor's features and memory, instead of having its own
+    share_lstm: bool = False  # the critic has the actor's layers and LSTM, instead of its own
     init_logstd: float = -0.7  # log of the standard deviation at the start, before the squashing
 
     total_timesteps: int = 8_000_000  # agent-steps to train for
@@ -87,7 +87,7 @@ class Args:
 
     def __post_init__(self):
         check_args(self, rows=self.num_envs)
-        # How a swarm gathers is the hard part, and of that short episodes have more
+        # To gather is the hard part of the task, and a larger share of short episodes
         if self.env_id == "Swarm" and "max_steps" not in self.env_kwargs:
             self.train_kwargs = {"max_steps": 60} | self.train_kwargs
         if self.team_reward is None:
@@ -173,16 +173,16 @@ class RecurrentTrunk(Trunk):
     def forward(self, obs, neighbors, state, starts):
         x = super().forward(obs.flatten(0, -3), neighbors.flatten(0, -3)).unflatten(0, (len(obs), -1))
         starts = starts.view(len(obs), -1, 1, 1)
-        cuts = sorted({0, *starts.flatten(1).any(dim=0).nonzero().flatten().tolist(), x.shape[1]})
+        cuts = sorted({0, *starts.flatten(1).any(0).nonzero().flatten().tolist(), x.shape[1]})
         features = []
         own = len(self.lstms)  # 1, or n_agents
-        for first, last in pairwise(cuts):  # up to the next start of any: 1.4 to 2.1 times as fast as step by step
+        for first, last in pairwise(cuts):  # no start in between: 1.4 to 2.1 times as fast as step by step
             state = state * (1 - starts[:, first])
             agents = zip(self.lstms, x[:, first:last].chunk(own, dim=2), state.chunk(own, dim=2), strict=True)
             outputs, states = zip(*[self.run(*agent) for agent in agents], strict=True)
             features.append(torch.cat(outputs, dim=2))
             state = torch.cat(states, dim=2)
-        return torch.cat(features, dim=1).flatten(0, 1), state
+        return torch.cat(features, 1).flatten(0, 1), state
 
     def run(self, lstm, x, state):
         output, hc = lstm(x.transpose(1, 2).flatten(0, 1), tuple(state.flatten(1, 2).unsqueeze(1)))
@@ -264,7 +264,7 @@ class SquashedNormal:
         return (0.5 * math.log(2 * math.pi * math.e) + self.logstd + log_det).sum(-1)
 
     def log_det_jacobian(self, u):
-        """log(d action / d u), with log(1 - tanh(u)^2) as log(4) - 2 (u + softplus(-2 u)), which keeps its digits."""
+        """log(d action / d u) = log((high - low) / 2) + log(1 - tanh(u)^2), in a form that keeps its digits."""
         return torch.log(2 * (self.high - self.low)) - 2 * (u + F.softplus(-2 * u))
 
 
@@ -303,13 +303,13 @@ if __name__ == "__main__":
     env_kwargs = {"n_agents": args.n_agents, **args.env_kwargs}
     stages = make_all(args, args.num_envs, args.num_workers, env_kwargs)
     envs = stages[0]
-    # Episodes begin at different times, so that every rollout holds all their parts, not all the beginnings or none
+    # The first episodes begin part-way through their time, so that every rollout holds all parts of an episode
     seed = args.seed + (rank << 32)  # no other rank's: --seed is below 2**32
     observations, infos = envs.reset(seed=seed, options={"stagger": True})
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes of a torchrun; Run seeds each anew
     agent = Agent(args, envs).to(device)
-    weights = flatten(agent)  # one vector, of which all parameters are views; so are the gradients, of weights.grad
+    weights = flatten(agent)  # all parameters, as views of one vector; so are the gradients, of weights.grad
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from:
         agent.load_state_dict(load(args.init_from)["model"])
@@ -317,7 +317,7 @@ if __name__ == "__main__":
         evaluate_model(args, agent, args.env_id, env_kwargs)
         raise SystemExit
 
-    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps
+    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps, with n_agents
     total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
     dones = torch.zeros((args.num_steps, args.num_envs, 1), device=device)  # of all agents of an environment
     memory = torch.zeros((2, 2, *observations.shape[:2], args.hidden_dim), device=device)  # of actor and critic, (h, c)
@@ -337,7 +337,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         team_share = args.team_reward * remaining
 
-        # Storage
+        # Storage, of this iteration: a stage may have another number of agents
         first_obs, first_neighbors = to_tensors(observations, infos, device)
         shape = (args.num_steps, *first_obs.shape[:2])  # (num_steps, num_envs, n_agents)
         obs = torch.zeros((*shape, first_obs.shape[-1]), device=device)
@@ -451,8 +451,8 @@ if __name__ == "__main__":
         # The next stage, with episodes of its own
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
-            observations, infos = envs.reset(seed=seed + run.step, options={"stagger": True})
-            memory = torch.zeros((2, 2, *observations.shape[:2], args.hidden_dim), device=device)
+            observations, infos = envs.reset(seed=run.make_seed(), options={"stagger": True})
+            memory = memory.new_zeros((2, 2, *observations.shape[:2], args.hidden_dim))
 
         # Checkpoint
         if run.checkpoint_due():

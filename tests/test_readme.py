@@ -271,12 +271,21 @@ def test_a_script_trains_on_it(tmp_path):
     (tmp_path / "gather.py").write_text(shown("# gather.py"))
     for name in ("envs.py", "ppo_swarm.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (flags,) = re.findall(r"python gather.py (ppo_swarm.py --env-id Gather .*)", PAGES[Path("docs/environments.md")])
-    command = [sys.executable, "gather.py", *flags.split()]
-    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    trained, random = (float(re.search(rf"\| {name} \| (-[\d.]+)", output)[1]) for name in ("ppo_swarm", "random"))
-    assert random < -30 and trained > -10
-    assert len([*tmp_path.glob("runs/Gather__ppo_swarm__1__*/eval.mp4")]) == 1
+
+    def run(*words):
+        command = [sys.executable, "ppo_swarm.py", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    (flags,) = re.findall(r"python ppo_swarm.py (--env-id gather:Gather .*)", PAGES[Path("docs/environments.md")])
+    trained = run(*flags.split())
+    assert trained.returncode == 0, trained.stderr
+    scores = {name: float(re.search(rf"\| {name} \| (-[\d.]+)", trained.stdout)[1]) for name in ("ppo_swarm", "random")}
+    assert scores["random"] < -30 and scores["ppo_swarm"] > -4
+    (video,) = tmp_path.glob("runs/gather:Gather__ppo_swarm__1__*/eval.mp4")
+    model = str(video.with_name("model.pt"))
+    assert "say --env-id gather:Gather to allow it" in run("--evaluate", model).stderr
+    again = run("--evaluate", model, "--env-id", "gather:Gather", "--n-agents", "9")
+    assert again.returncode == 0 and "| ppo_swarm | -" in again.stdout, again.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

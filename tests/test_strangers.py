@@ -465,6 +465,19 @@ def test_actors_do_not_say_it_again(capsys):
         assert capsys.readouterr().out.count("registered without a time limit") == times
 
 
+@pytest.mark.parametrize("env_id", ["Strange-v0", "LunarLander", "test_strangers:Strange-v0", "Nothing"])
+def test_a_script_for_swarms_says_who_trains_a_single_agent(env_id):
+    args = SimpleNamespace(env_id=env_id, n_agents=10, train_kwargs={})
+    with pytest.raises(ValueError, match=rf"env_id is '{env_id}': .*Swarm.* as 'module:id'; async_ppo.py trains one"):
+        envs.make_all(args, 2, 0, {"n_agents": 10})
+
+
+@pytest.mark.parametrize("module", ["no_such_module", "pathlib.nothing", ".relative"])
+def test_a_module_that_cannot_be_imported_is_named(module):
+    with pytest.raises(ValueError, match=rf"env_id is '{module}:Id': {module} must be a module to import"):
+        envs.make_vec(f"{module}:Id", 1)
+
+
 REFUSED = {
     "policy": dict(policy="gnn", env_id="LidarNavigation"),
     "observations": dict(policy="mlp", env_id="LidarNavigation", train_kwargs=dict(n_neighbors="0,4")),
