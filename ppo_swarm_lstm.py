@@ -15,7 +15,7 @@ also sees the mean over all agents, MAPPO (arXiv 2103.01955). How it departs fro
 3. An episode cut off by a time limit is bootstrapped with the value of its last observation; a terminated one is not.
    dones[t] is 1 if an episode ended with step t; CleanRL's, if one began.
 4. Observations and rewards are neither normalised nor clipped; with team_reward the agents share rewards, at first.
-5. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold environments with all steps.
+5. Every agent has an LSTM state of its own, zero where an episode starts; minibatches hold whole environments.
 """
 
 import math

@@ -437,7 +437,7 @@ seen, randperm = [], torch.randperm
 
 def watching(*args, **kwargs):  # what an update begins with: the rollout, and the weights that acted
     run = sys._getframe(1).f_globals
-    if run["iteration"] > len(seen):
+    if run["run"].step // run["steps_per_iteration"] == len(seen):  # the first minibatch of an update
         names = "obs neighbors values last_value final_values dones"
         batch = {name: run[name].clone() for name in names.split()}
         batch["next"] = [x.clone() for x in run["to_tensors"](run["observations"], run["infos"], "cpu")]
@@ -658,7 +658,7 @@ targets, index_select = [], torch.Tensor.index_select
 
 def watching(self, dim, index):  # the first minibatch of an update begins with this
     run = sys._getframe(1).f_globals
-    if "b_unseen" in run and len(targets) < run["iteration"]:
+    if "b_unseen" in run and len(targets) == run["run"].step // run["steps_per_iteration"]:
         targets.append({name: run[name].clone() for name in ("obs", "unseen")})
     return index_select(self, dim, index)
 

@@ -86,10 +86,7 @@ def watched_step(self, *arguments, **named):
     adam["steps"] += 1
     adam["m"], adam["v"] = 0.9 * adam["m"] + 0.1 * used, 0.999 * adam["v"] + 0.001 * used**2
     m, v = adam["m"] / (1 - 0.9 ** adam["steps"]), adam["v"] / (1 - 0.999 ** adam["steps"])
-    total = args.total_timesteps
-    if "num_iterations" in script:
-        total = script["num_iterations"] * script["steps_per_iteration"]
-    share = script["run"].step / total  # of the run that is over
+    share = script["run"].step / script.get("total_steps", args.total_timesteps)  # of the run that is over
     change = -args.learning_rate * (1 - share * args.anneal_lr) * m / (v.sqrt() + 1e-5)
     before = weights.detach().double().clone()
     adam_step(self, *arguments, **named)
