@@ -3218,9 +3218,9 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, check
     describes, and unless the script can be trained in it: one for single agents as `check_spaces` says, one for swarms
     whose policy passes messages where agents have neighbours. What an actor makes was `checked` by its learner.
     """
-    native = find_native(args.env_id)
-    if hasattr(args, "n_agents") and (native is None or "n_agents" not in inspect.signature(native).parameters):
-        swarms = sorted(set(NATIVE_ENVS) - set(SINGLE_AGENT))
+    native = find_native(args.env_id)  # first: its module may add it
+    swarms = {name: make for name, make in NATIVE_ENVS.items() if "n_agents" in inspect.signature(make).parameters}
+    if hasattr(args, "n_agents") and native not in swarms.values():
         allowed = f"one of many agents: {', '.join(swarms)}, or your own as 'module:id'; async_ppo.py trains one agent"
         raise ValueError(f"env_id is {args.env_id!r}: it must be {allowed}")
     stages = Stages()
@@ -3253,7 +3253,7 @@ def make_all(args, num_envs, num_workers, env_kwargs, discrete_only=False, check
 def _of_one_agent(envs):
     """(observation space, action space) of the first agent, or of the only one."""
     spaces = envs.single_observation_space, envs.single_action_space
-    if isinstance(envs, NativeVectorEnv | PoolVectorEnv) and len(spaces[0].shape) > 1:
+    if envs.buffers["rewards"].ndim > 1:  # of many
         spaces = tuple(gym.spaces.Box(space.low[0], space.high[0], dtype=space.dtype) for space in spaces)
     return spaces
 

@@ -317,7 +317,7 @@ if __name__ == "__main__":
         evaluate_model(args, agent, args.env_id, env_kwargs)
         raise SystemExit
 
-    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps, with n_agents
+    steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps of the task
     total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
     dones = torch.zeros((args.num_steps, args.num_envs, 1), device=device)  # of all agents of an environment
     memory = torch.zeros((2, 2, *observations.shape[:2], args.hidden_dim), device=device)  # of actor and critic, (h, c)
