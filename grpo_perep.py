@@ -39,6 +39,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment
     seed: int = 1  # the seed of everything random
     torch_deterministic: bool = True  # use only deterministic torch operations
+    compile: bool = False  # compile the loss with torch.compile: faster updates, after half a minute
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
     wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
@@ -186,6 +187,30 @@ def compute_advantages(rewards, alive):
     return (episode * alive).float()
 
 
+def compute_loss(agent, args, kl_coef, obs, actions, advantages, logprobs, reference):
+    """Of a minibatch: the loss, the approximate KL divergence, and all that is logged of it, of which no gradient."""
+    policy = agent.get_policy(obs)
+    logratio = policy.log_prob(actions) - logprobs
+    ratio = logratio.exp()  # (minibatch,)
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    # Policy loss
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    # KL divergence from the reference policy, whose log-probabilities are (minibatch, n_actions)
+    kl = policy.kl(Categorical(reference, agent.first_action)).mean()
+    # Entropy
+    entropy = policy.entropy().mean()
+    loss = pg_loss - args.ent_coef * entropy + kl_coef * kl
+    # How far the policy has moved: http://joschu.net/blog/kl-approx.html
+    old_approx_kl = (-logratio).mean()
+    approx_kl = (ratio - 1 - logratio).mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    terms = [pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac]
+    return loss, approx_kl.detach(), torch.stack(terms).detach()
+
+
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     _, world_size, device = setup(args)
@@ -223,6 +248,9 @@ if __name__ == "__main__":
             agent.load_state_dict(run.checkpoint["model"])
             reference.load_state_dict(run.checkpoint["reference"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
+
+    if args.compile:  # with torch's own random numbers, as without it
+        compute_loss = torch.compile(compute_loss, options={"fallback_random": True})
 
     while run.step < args.total_timesteps:  # it counts the steps of the episodes, of all processes
         if args.anneal_lr:
@@ -267,31 +295,15 @@ if __name__ == "__main__":
         with torch.no_grad():
             b_logprobs = agent.get_policy(b_obs).log_prob(b_actions)
             b_reference = reference.get_policy(b_obs).logprobs  # (batch, n_actions)
+        batch = [b_obs, b_actions, b_advantages, b_logprobs, b_reference]
         losses = []  # of every minibatch
         for _ in range(args.update_epochs):
             # Not chunk: in a torchrun every process has as many minibatches, whatever its number of steps
             for mb_inds in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):
-                policy = agent.get_policy(b_obs.index_select(0, mb_inds))  # for wide rows faster than b_obs[mb_inds]
-                logratio = policy.log_prob(b_actions[mb_inds]) - b_logprobs[mb_inds]
-                ratio = logratio.exp()  # (minibatch,)
-                mb_advantages = b_advantages[mb_inds]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std(correction=0) + 1e-8)
-                # Policy loss
-                pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-                # KL divergence from the reference policy
-                kl = policy.kl(Categorical(b_reference.index_select(0, mb_inds), agent.first_action)).mean()
-                # Entropy
-                entropy = policy.entropy().mean()
-                loss = pg_loss - args.ent_coef * entropy + kl_coef * kl
-                # How far the policy has moved: http://joschu.net/blog/kl-approx.html
-                old_approx_kl = (-logratio).mean()
-                approx_kl = (ratio - 1 - logratio).mean()
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                losses.append(torch.stack([pg_loss, entropy, kl, old_approx_kl, approx_kl, clipfrac]).detach())
-                kl_exceeded = args.target_kl is not None and average(approx_kl.detach()) > args.target_kl
+                minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
+                loss, approx_kl, terms = compute_loss(agent, args, kl_coef, *minibatch)
+                losses.append(terms)
+                kl_exceeded = args.target_kl is not None and average(approx_kl) > args.target_kl
                 if kl_exceeded:
                     break
                 weights.grad.zero_()

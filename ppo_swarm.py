@@ -38,6 +38,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment
     seed: int = 1  # the seed of everything random
     torch_deterministic: bool = True  # use only deterministic torch operations
+    compile: bool = False  # compile the loss with torch.compile: faster updates, after half a minute
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
     wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
@@ -254,6 +255,37 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
     return advantages
 
 
+def compute_loss(agent, args, raw_actions, logprobs, advantages, returns, values, unseen, *inputs):
+    """Of a minibatch: the loss, the approximate KL divergence, and all that is logged of it, of which no gradient."""
+    policy = agent.get_policy(*inputs)
+    newvalue = agent.get_value(*inputs)
+    logratio = policy.log_prob(raw_actions) - logprobs
+    ratio = logratio.exp()  # (minibatch, ..., n_agents)
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    # Policy loss
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    # Value loss
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_step = (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (values + v_step - returns) ** 2)
+    v_loss = 0.5 * v_loss.mean()
+    # Entropy
+    entropy = policy.entropy().mean()
+    # The guess of what the agents do not see
+    guess_loss = ((policy.guess - unseen) ** 2).sum(-1).mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
+    # How far the policy has moved: http://joschu.net/blog/kl-approx.html
+    old_approx_kl = (-logratio).mean()
+    approx_kl = (ratio - 1 - logratio).mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    terms = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
+    return loss, approx_kl.detach(), torch.stack(terms).detach()
+
+
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     rank, world_size, device = setup(args)
@@ -287,6 +319,9 @@ if __name__ == "__main__":
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             envs = stages[run.stage]
             observations, infos = envs.set_state(run.own["envs"])
+
+    if args.compile:  # with torch's own random numbers, as without it
+        compute_loss = torch.compile(compute_loss, options={"fallback_random": True})
 
     while run.step < total_steps:
         remaining = 1 - run.step / total_steps  # share of the training
@@ -339,43 +374,15 @@ if __name__ == "__main__":
 
         # Update
         run.clock("update")
-        batch = [obs, neighbors, raw_actions, logprobs, advantages, returns, values, unseen]
+        batch = [raw_actions, logprobs, advantages, returns, values, unseen, obs, neighbors]
         batch = [x.flatten(0, 1) for x in batch]  # (num_steps * num_envs, ...)
-        b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values, b_unseen = batch
         losses = []  # of every minibatch
         for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
-                mb_obs = b_obs.index_select(0, mb_inds)  # for wide rows faster than b_obs[mb_inds]
-                mb_neighbors = b_neighbors.index_select(0, mb_inds)
-                policy = agent.get_policy(mb_obs, mb_neighbors)
-                newvalue = agent.get_value(mb_obs, mb_neighbors)
-                logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
-                ratio = logratio.exp()  # (minibatch, ..., n_agents)
-                mb_advantages = b_advantages[mb_inds]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                # Policy loss
-                pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-                # Value loss
-                v_loss = (newvalue - b_returns[mb_inds]) ** 2
-                if args.clip_vloss:
-                    v_step = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (b_values[mb_inds] + v_step - b_returns[mb_inds]) ** 2)
-                v_loss = 0.5 * v_loss.mean()
-                # Entropy
-                entropy = policy.entropy().mean()
-                # The guess of what the agents do not see
-                guess_loss = ((policy.guess - b_unseen[mb_inds]) ** 2).sum(-1).mean()
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
-                # How far the policy has moved: http://joschu.net/blog/kl-approx.html
-                old_approx_kl = (-logratio).mean()
-                approx_kl = (ratio - 1 - logratio).mean()
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                terms = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
-                losses.append(torch.stack(terms).detach())
-                kl_exceeded = args.target_kl is not None and average(approx_kl.detach()) > args.target_kl
+            for mb_inds in torch.randperm(len(batch[0])).to(device).chunk(args.num_minibatches):
+                minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
+                loss, approx_kl, terms = compute_loss(agent, args, *minibatch)
+                losses.append(terms)
+                kl_exceeded = args.target_kl is not None and average(approx_kl) > args.target_kl
                 if kl_exceeded:
                     break
                 weights.grad.zero_()

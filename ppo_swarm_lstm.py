@@ -40,6 +40,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment
     seed: int = 1  # the seed of everything random
     torch_deterministic: bool = True  # use only deterministic torch operations
+    compile: bool = False  # compile the loss with torch.compile: faster updates, after half a minute
     cuda: bool = False  # train on the GPU; small networks are faster on the CPU
     track: bool = False  # also log to Weights and Biases
     wandb_project_name: str = "cleanswarm"  # the project in Weights and Biases
@@ -156,11 +157,11 @@ class Trunk(nn.Module):
 
 
 class RecurrentTrunk(Trunk):
-    """A Trunk with an LSTM behind it, every agent with a state (h, c) of its own.
+    """A Trunk, and what an LSTM adds to its features, every agent with a state (h, c) of its own.
 
-    obs and neighbors are (batch, n_agents, ...), or (batch, steps, n_agents, ...): whole sequences; state (2, batch,
-    n_agents, hidden_dim) is that before them, and gives way to zero where starts (batch,) or (batch, steps) is 1.
-    Returns features (batch * steps, n_agents, hidden_dim) and the state after the last step.
+    obs and neighbors are (batch, n_agents, ...), or sequences (batch, steps, n_agents, ...); state (batch, 2, n_agents,
+    hidden_dim) is that before them, and 0 where starts (batch,) or (batch, steps) is 1. Returns features (batch *
+    steps, n_agents, hidden_dim) and the state after the last step.
     """
 
     def __init__(self, args, obs_dim, n_agents):
@@ -170,10 +171,10 @@ class RecurrentTrunk(Trunk):
         for name, parameter in self.lstms.named_parameters():
             nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
 
-    def forward(self, obs, neighbors, state, starts):
+    def forward(self, obs, neighbors, starts, state):
         x = super().forward(obs.flatten(0, -3), neighbors.flatten(0, -3)).unflatten(0, (len(obs), -1))
-        starts = starts.view(len(obs), -1, 1, 1)
-        cuts = sorted({0, *starts.flatten(1).any(0).nonzero().flatten().tolist(), x.shape[1]})
+        starts = starts.view(len(obs), -1, 1, 1, 1)
+        cuts = sorted({0, *starts.any(0).nonzero()[:, 0].tolist(), x.shape[1]})
         features = []
         own = len(self.lstms)  # 1, or n_agents
         for first, last in pairwise(cuts):  # no start in between: 1.4 to 2.1 times as fast as step by step
@@ -181,12 +182,12 @@ class RecurrentTrunk(Trunk):
             agents = zip(self.lstms, x[:, first:last].chunk(own, dim=2), state.chunk(own, dim=2), strict=True)
             outputs, states = zip(*[self.run(*agent) for agent in agents], strict=True)
             features.append(torch.cat(outputs, dim=2))
-            state = torch.cat(states, dim=2)
-        return torch.cat(features, 1).flatten(0, 1), state
+            state = torch.cat(states, dim=2).transpose(0, 1)
+        return (x + torch.cat(features, 1)).flatten(0, 1), state
 
     def run(self, lstm, x, state):
-        output, hc = lstm(x.transpose(1, 2).flatten(0, 1), tuple(state.flatten(1, 2).unsqueeze(1)))
-        return output.unflatten(0, (len(x), -1)).transpose(1, 2), torch.cat(hc).view_as(state)
+        output, hc = lstm(x.transpose(1, 2).flatten(0, 1), tuple(state.transpose(0, 1).flatten(1, 2).unsqueeze(1)))
+        return output.unflatten(0, (len(x), -1)).transpose(1, 2), torch.cat(hc).unflatten(1, (len(x), -1))
 
 
 class Agent(nn.Module):
@@ -207,14 +208,14 @@ class Agent(nn.Module):
         self.register_buffer("action_low", torch.tensor(envs.single_action_space.low[0]), persistent=False)
         self.register_buffer("action_high", torch.tensor(envs.single_action_space.high[0]), persistent=False)
 
-    def get_value(self, obs, neighbors, state, starts):
-        features, state = (self.critic or self.actor)(obs, neighbors, state, starts)
+    def get_value(self, obs, neighbors, starts, memory):
+        features, state = (self.critic or self.actor)(obs, neighbors, starts, memory[:, 1])
         if self.central:
             features = torch.cat([features, features.mean(dim=1, keepdim=True).expand_as(features)], dim=-1)
         return self.critic_value(features).view(obs.shape[:-1]), state
 
-    def get_policy(self, obs, neighbors, state, starts):
-        features, state = self.actor(obs, neighbors, state, starts)
+    def get_policy(self, obs, neighbors, starts, memory):
+        features, state = self.actor(obs, neighbors, starts, memory[:, 0])
         mean, guess = self.actor_mean(features).view(*obs.shape[:-1], -1).tensor_split([len(self.action_low)], dim=-1)
         policy = SquashedNormal(mean, self.actor_logstd, self.action_low, self.action_high)
         policy.guess = guess  # of what the agent does not see
@@ -223,13 +224,13 @@ class Agent(nn.Module):
     def make_policy(self, envs, greedy=True):
         """The policy on arrays, as envs.py evaluates it: the mode of its actions, or drawn as in training."""
         generator = torch.Generator().manual_seed(0)
-        state = torch.zeros(2, *envs.observation_space.shape[:2], self.actor.lstms[0].hidden_size).to(self.action_low)
+        num_envs, n_agents, _ = envs.observation_space.shape
+        memory = torch.zeros(num_envs, 1, 2, n_agents, self.actor.lstms[0].hidden_size).to(self.action_low)
 
         @torch.no_grad()
         def act(observations, infos):
-            nonlocal state
-            starts = torch.as_tensor(infos.get("_episode", np.zeros(envs.num_envs))).to(state)
-            policy, state = self.get_policy(*to_tensors(observations, infos, state.device), state, starts)
+            starts = torch.as_tensor(infos.get("_episode", np.zeros(num_envs))).to(memory)
+            policy, memory[:, 0] = self.get_policy(*to_tensors(observations, infos, memory.device), starts, memory)
             return policy.squash(policy.mode if greedy else policy.sample(generator)).cpu().numpy()
 
         return act
@@ -295,6 +296,37 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
     return advantages
 
 
+def compute_loss(agent, args, raw_actions, logprobs, advantages, returns, values, unseen, *inputs):
+    """Of a minibatch: the loss, the approximate KL divergence, and all that is logged of it, of which no gradient."""
+    policy, _ = agent.get_policy(*inputs)
+    newvalue, _ = agent.get_value(*inputs)
+    logratio = policy.log_prob(raw_actions) - logprobs
+    ratio = logratio.exp()  # (minibatch, ..., n_agents)
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    # Policy loss
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    # Value loss
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_step = (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (values + v_step - returns) ** 2)
+    v_loss = 0.5 * v_loss.mean()
+    # Entropy
+    entropy = policy.entropy().mean()
+    # The guess of what the agents do not see
+    guess_loss = ((policy.guess - unseen) ** 2).sum(-1).mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
+    # How far the policy has moved: http://joschu.net/blog/kl-approx.html
+    old_approx_kl = (-logratio).mean()
+    approx_kl = (ratio - 1 - logratio).mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    terms = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
+    return loss, approx_kl.detach(), torch.stack(terms).detach()
+
+
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     rank, world_size, device = setup(args)
@@ -320,7 +352,7 @@ if __name__ == "__main__":
     steps_per_iteration = args.num_steps * args.num_envs * args.n_agents * world_size  # agent-steps of the task
     total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
     dones = torch.zeros((args.num_steps, args.num_envs, 1), device=device)  # of all agents of an environment
-    memory = torch.zeros((2, 2, *observations.shape[:2], args.hidden_dim), device=device)  # of actor and critic, (h, c)
+    memory = dones.new_zeros((args.num_envs, 2, 2, observations.shape[1], args.hidden_dim))  # of actor and critic, h, c
 
     run = Run(args, agent.make_policy, total_steps, args.env_id, env_kwargs)
     if run.checkpoint:
@@ -330,6 +362,9 @@ if __name__ == "__main__":
             envs = stages[run.stage]
             observations, infos = envs.set_state(run.own["envs"])
             memory = run.own["memory"].to(device)
+
+    if args.compile:  # with torch's own random numbers, as without it
+        compute_loss = torch.compile(compute_loss, options={"fallback_random": True})
 
     while run.step < total_steps:
         remaining = 1 - run.step / total_steps  # share of the training
@@ -351,14 +386,14 @@ if __name__ == "__main__":
 
         # Rollout
         run.clock("rollout")
-        first_memory = memory * (1 - dones[-1, ..., None])  # zero where the last step ended an episode
+        first_memory = memory * (1 - dones[-1].view(-1, 1, 1, 1, 1))  # zero where the last step ended an episode
         for step in range(args.num_steps):
             obs[step], neighbors[step] = to_tensors(observations, infos, device)
             if envs.unseen_dim:
                 unseen[step] = torch.from_numpy(infos["unseen"])
             with torch.no_grad():
-                policy, memory[0] = agent.get_policy(obs[step], neighbors[step], memory[0], dones[step - 1])
-                values[step], memory[1] = agent.get_value(obs[step], neighbors[step], memory[1], dones[step - 1])
+                policy, memory[:, 0] = agent.get_policy(obs[step], neighbors[step], dones[step - 1], memory)
+                values[step], memory[:, 1] = agent.get_value(obs[step], neighbors[step], dones[step - 1], memory)
                 raw_actions[step] = policy.sample()
                 logprobs[step] = policy.log_prob(raw_actions[step])
                 actions = policy.squash(raw_actions[step]).cpu().numpy()
@@ -370,57 +405,29 @@ if __name__ == "__main__":
             if cut_off.any():
                 with torch.no_grad():
                     final = to_tensors(infos["final_obs"], infos["final_info"], device)
-                    final_value, _ = agent.get_value(*final, memory[1], torch.zeros_like(dones[step]))
+                    final_value, _ = agent.get_value(*final, torch.zeros_like(dones[step]), memory)
                 final_values[step, cut_off] = final_value[cut_off]
             if "episode" in infos:
                 run.add_episodes(infos["episode"], infos["_episode"])
 
         # Advantages
         with torch.no_grad():
-            last_value, _ = agent.get_value(*to_tensors(observations, infos, device), memory[1], dones[-1])
+            last_value, _ = agent.get_value(*to_tensors(observations, infos, device), dones[-1], memory)
         advantages = compute_gae(rewards, values, last_value, final_values, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
         # Update
         run.clock("update")
-        batch = [obs, neighbors, raw_actions, logprobs, advantages, returns, values, unseen]
-        batch = [x.transpose(0, 1) for x in batch]  # (num_envs, num_steps, ...)
-        b_obs, b_neighbors, b_raw_actions, b_logprobs, b_advantages, b_returns, b_values, b_unseen = batch
-        b_starts = torch.cat([torch.zeros_like(dones[:1]), dones[:-1]]).transpose(0, 1)  # (num_envs, num_steps, 1)
+        batch = [raw_actions, logprobs, advantages, returns, values, unseen, obs, neighbors]
+        batch += [torch.cat([torch.zeros_like(dones[:1]), dones[:-1]])]  # where episodes start
+        batch = [*(x.transpose(0, 1) for x in batch), first_memory]  # (num_envs, num_steps, ...), but memory
         losses = []  # of every minibatch
         for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(len(b_obs)).to(device).chunk(args.num_minibatches):
-                mb_obs = b_obs.index_select(0, mb_inds)  # for wide rows faster than b_obs[mb_inds]
-                mb_neighbors = b_neighbors.index_select(0, mb_inds)
-                policy, _ = agent.get_policy(mb_obs, mb_neighbors, first_memory[0, :, mb_inds], b_starts[mb_inds])
-                newvalue, _ = agent.get_value(mb_obs, mb_neighbors, first_memory[1, :, mb_inds], b_starts[mb_inds])
-                logratio = policy.log_prob(b_raw_actions[mb_inds]) - b_logprobs[mb_inds]
-                ratio = logratio.exp()  # (minibatch, ..., n_agents)
-                mb_advantages = b_advantages[mb_inds]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                # Policy loss
-                pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-                # Value loss
-                v_loss = (newvalue - b_returns[mb_inds]) ** 2
-                if args.clip_vloss:
-                    v_step = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (b_values[mb_inds] + v_step - b_returns[mb_inds]) ** 2)
-                v_loss = 0.5 * v_loss.mean()
-                # Entropy
-                entropy = policy.entropy().mean()
-                # The guess of what the agents do not see
-                guess_loss = ((policy.guess - b_unseen[mb_inds]) ** 2).sum(-1).mean()
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
-                # How far the policy has moved: http://joschu.net/blog/kl-approx.html
-                old_approx_kl = (-logratio).mean()
-                approx_kl = (ratio - 1 - logratio).mean()
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                terms = [v_loss, pg_loss, entropy, guess_loss, old_approx_kl, approx_kl, clipfrac]
-                losses.append(torch.stack(terms).detach())
-                kl_exceeded = args.target_kl is not None and average(approx_kl.detach()) > args.target_kl
+            for mb_inds in torch.randperm(len(batch[0])).to(device).chunk(args.num_minibatches):
+                minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
+                loss, approx_kl, terms = compute_loss(agent, args, *minibatch)
+                losses.append(terms)
+                kl_exceeded = args.target_kl is not None and average(approx_kl) > args.target_kl
                 if kl_exceeded:
                     break
                 weights.grad.zero_()
@@ -452,12 +459,12 @@ if __name__ == "__main__":
         if envs is not stages[run.stage]:
             envs = stages[run.stage]
             observations, infos = envs.reset(seed=run.make_seed(), options={"stagger": True})
-            memory = memory.new_zeros((2, 2, *observations.shape[:2], args.hidden_dim))
+            memory = dones.new_zeros((args.num_envs, 2, 2, observations.shape[1], args.hidden_dim))
 
         # Checkpoint
         if run.checkpoint_due():
             own = {"envs": envs.get_state()}  # of this process alone
-            own["memory"] = (memory * (1 - dones[-1, ..., None])).cpu()
+            own["memory"] = (memory * (1 - dones[-1].view(-1, 1, 1, 1, 1))).cpu()
             run.save({"model": agent.state_dict(), "optimizer": optimizer.state_dict()}, own)
         if run.stopping:
             break

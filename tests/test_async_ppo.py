@@ -454,8 +454,8 @@ WATCH = (
     QUICK
     + """
 import sys, torch
-names = "obs final_obs actions logprobs terminations truncations values".split()
-names += "b_advantages b_returns b_logprobs b_lag_ratios".split()
+names = "obs final_obs actions logprobs terminations truncations".split()
+trained_on = "obs next_obs actions old_logprobs lag_ratios advantages returns values".split()  # the parts of batch
 seen = []
 
 def watch(frame, event, result):
@@ -470,7 +470,7 @@ def watch(frame, event, result):
         script = frame.f_back.f_globals
         if event == "call":
             batch = {name: x.clone() for name, x in frame.f_locals.items() if torch.is_tensor(x)}
-            batch |= {name: script["data"][name].clone() for name in names[:6]}
+            batch |= {name: script["data"][name].clone() for name in names}
             batch["next_obs"] = script["next_obs"].clone()
             batch["env_rewards"] = torch.from_numpy(script["fragments"][0]["rewards"]).clone()
             with torch.no_grad():
@@ -481,7 +481,7 @@ def watch(frame, event, result):
             batch["obs_stats"] = {name: x.clone() for name, x in script["agent"].obs_stats.state_dict().items()}
             batch["in_use"] = script["agent"].obs_mean.clone(), script["agent"].obs_std.clone()
             if seen:
-                seen[-1] |= {name: script[name].clone() for name in names[7:]}
+                seen[-1] |= {f"b_{name}": x.clone() for name, x in zip(trained_on, script["batch"], strict=True)}
             seen.append(batch)
             torch.save(seen, "seen.pt")
             if len(seen) == 4:
@@ -549,7 +549,7 @@ def test_the_run_trains_on_the_weighted_advantages_and_the_returns(watched):
 
 def test_the_update_begins_at_a_ratio_of_1_and_is_weighted_by_the_ratio_to_the_policy_that_acted(watched):
     for batch in watched:
-        torch.testing.assert_close(batch["b_logprobs"], batch["new_logprobs"].flatten())
+        torch.testing.assert_close(batch["b_old_logprobs"], batch["new_logprobs"].flatten())
         ratios = (batch["new_logprobs"] - batch["logprobs"]).exp()
         torch.testing.assert_close(batch["b_lag_ratios"], ratios.flatten())
     first, *later = ((batch["b_lag_ratios"] - 1).abs().max() for batch in watched)

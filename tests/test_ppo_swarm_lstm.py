@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -62,8 +63,10 @@ def sigmoid(x):
 
 
 def literal_lstm(lstms, x, state, starts):
-    """The equations, for each agent alone: features (batch, steps, n_agents, hidden) and the state after the last."""
-    x, (h, c) = x.detach().numpy(), state.detach().numpy().copy()
+    """The equations, for each agent alone: x and the outputs (batch, steps, n_agents, hidden), summed, and the state
+    after the last.
+    """
+    x, (h, c) = x.detach().numpy(), state.detach().transpose(0, 1).numpy().copy()
     features = np.zeros_like(x)
     for agent in range(x.shape[2]):
         lstm = lstms[agent if len(lstms) > 1 else 0]
@@ -75,8 +78,9 @@ def literal_lstm(lstms, x, state, starts):
                 gates = w_ih @ x[env, step, agent] + b_ih + w_hh @ h[env, agent] + b_hh
                 i, f, g, o = np.split(gates, 4)
                 c[env, agent] = sigmoid(f) * c[env, agent] + sigmoid(i) * np.tanh(g)
-                h[env, agent] = features[env, step, agent] = sigmoid(o) * np.tanh(c[env, agent])
-    return torch.tensor(features), torch.tensor(np.stack([h, c]))
+                h[env, agent] = sigmoid(o) * np.tanh(c[env, agent])
+                features[env, step, agent] = x[env, step, agent] + h[env, agent]
+    return torch.tensor(features), torch.tensor(np.stack([h, c], axis=1))
 
 
 def agent_of(spaces, **args):
@@ -95,14 +99,23 @@ def agent_in_doubles(obs_dim, **args):
 
 
 def sequences(seed=0, n_agents=N_AGENTS):
-    """Observations and neighbours (batch, steps, n_agents, ...), and a state from before the first step."""
+    """Observations and neighbours (batch, steps, n_agents, ...); the state before them (batch, 2, n_agents, hidden)."""
     obs, neighbors = crowd(batch=BATCH * STEPS, n_agents=n_agents, seed=seed)
-    state = torch.tensor(np.random.default_rng(seed).normal(size=(2, BATCH, n_agents, HIDDEN)))
+    state = torch.tensor(np.random.default_rng(seed).normal(size=(BATCH, 2, n_agents, HIDDEN)))
     return obs.view(BATCH, STEPS, *obs.shape[1:]), neighbors.view(BATCH, STEPS, *neighbors.shape[1:]), state
 
 
+def get_policy(agent, obs, neighbors, state, starts):
+    """Of an actor whose critic has the same state; so in get_value."""
+    return agent.get_policy(obs, neighbors, starts, torch.stack([state, state], dim=1))
+
+
+def get_value(agent, obs, neighbors, state, starts):
+    return agent.get_value(obs, neighbors, starts, torch.stack([state, state], dim=1))
+
+
 def mean(agent, *inputs):
-    policy, state = agent.get_policy(*inputs)
+    policy, state = get_policy(agent, *inputs)
     return policy.mean, state
 
 
@@ -145,7 +158,8 @@ def test_a_sequence_is_its_steps_one_by_one_and_both_are_the_literal_lstm(policy
     obs, neighbors, state = sequences()
     kind = dict(policy=policy, critic=critic, share_policy=share, share_critic=share, share_lstm=share_lstm)
     agent = agent_in_doubles(obs.shape[-1], **kind)
-    for what, function in (("mean", lambda *inputs: mean(agent, *inputs)), ("value", agent.get_value)):
+    for what, outputs in (("mean", mean), ("value", get_value)):
+        function = partial(outputs, agent)
         expected = literal(agent, what, obs, neighbors, state, STARTS)
         assert expected[0].std() > 0.02
         close(function(obs, neighbors, state, STARTS), expected)
@@ -160,20 +174,20 @@ def test_memory_is_the_literal_lstm_for_any_pattern_of_starts(data):
     starts = torch.tensor(starts, dtype=torch.float64).view(batch, steps)
     torch.manual_seed(data.draw(st.integers(0, 9)))
     trunk = RecurrentTrunk(Args(hidden_dim=HIDDEN), 2, 3 if own else None).double()
-    obs, state = torch.randn(batch, steps, 3, 2).double(), torch.randn(2, batch, 3, HIDDEN).double()
+    obs, state = torch.randn(batch, steps, 3, 2).double(), torch.randn(batch, 2, 3, HIDDEN).double()
     no_neighbors = torch.zeros(batch, steps, 3, 0, dtype=torch.int64)
     features = Trunk.forward(trunk, obs.flatten(0, 1), no_neighbors).view(batch, steps, 3, HIDDEN)
     expected, after = literal_lstm(trunk.lstms, features, state, starts)
-    close(trunk(obs, no_neighbors, state, starts), (expected.flatten(0, 1), after))
+    close(trunk(obs, no_neighbors, starts, state), (expected.flatten(0, 1), after))
 
 
 def test_two_halves_of_a_sequence_are_the_whole_of_it():
     obs, neighbors, state = sequences()
     agent = agent_in_doubles(obs.shape[-1])
     for cut in range(1, STEPS):
-        first, between = agent.get_value(obs[:, :cut], neighbors[:, :cut], state, STARTS[:, :cut])
-        second, last = agent.get_value(obs[:, cut:], neighbors[:, cut:], between, STARTS[:, cut:])
-        close((torch.cat([first, second], dim=1), last), agent.get_value(obs, neighbors, state, STARTS))
+        first, between = get_value(agent, obs[:, :cut], neighbors[:, :cut], state, STARTS[:, :cut])
+        second, last = get_value(agent, obs[:, cut:], neighbors[:, cut:], between, STARTS[:, cut:])
+        close((torch.cat([first, second], dim=1), last), get_value(agent, obs, neighbors, state, STARTS))
 
 
 def test_a_shared_lstm_leaves_the_critic_nothing_of_its_own_but_the_last_layer():
@@ -191,8 +205,8 @@ def test_gradients_reach_every_parameter_of_every_agent(policy, share, share_lst
     agent = agent_in_doubles(
         obs.shape[-1], policy=policy, share_policy=share, share_critic=share, share_lstm=share_lstm
     )
-    distribution, _ = agent.get_policy(obs, neighbors, state, STARTS)
-    values, _ = agent.get_value(obs, neighbors, state, STARTS)
+    distribution, _ = get_policy(agent, obs, neighbors, state, STARTS)
+    values, _ = get_value(agent, obs, neighbors, state, STARTS)
     (distribution.log_prob(torch.randn_like(distribution.mean)).mean() + (values - 1).square().mean()).backward()
     for name, parameter in agent.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
@@ -207,7 +221,7 @@ both = pytest.mark.parametrize("what", ["mean", "value"])
 
 
 def outputs_of(agent, what, *inputs):
-    return mean(agent, *inputs) if what == "mean" else agent.get_value(*inputs)
+    return mean(agent, *inputs) if what == "mean" else get_value(agent, *inputs)
 
 
 @both
@@ -228,7 +242,7 @@ def test_gradients_flow_back_to_the_start_of_the_episode_and_not_a_step_further(
             expected[env, begin : step + 1] = True
             assert torch.equal(reached, expected), (env, step)
             assert to_obs[env, begin : step + 1].abs().amax(dim=-1).all()  # of every agent
-            assert bool(to_state[:, env].abs().amax(dim=-1).all()) == (not starts)
+            assert bool(to_state[env].abs().amax(dim=-1).all()) == (not starts)
             assert bool(to_state.any()) == (not starts)
 
 
@@ -281,7 +295,7 @@ def test_what_one_robot_saw_changes_what_it_does_later_and_nothing_that_others_d
     expected = torch.zeros_like(differs)
     expected[0, 2:, 1] = True
     assert torch.equal(differs, expected)
-    differs = ((last - other_last).abs() > 1e-9).any(dim=-1).any(dim=0)  # (batch, n_agents)
+    differs = ((last - other_last).abs() > 1e-9).any(dim=-1).any(dim=1)  # (batch, n_agents)
     assert differs.nonzero().tolist() == [[0, 1]]
 
 
@@ -290,7 +304,7 @@ def test_a_central_critic_learns_of_it_and_the_actors_still_do_not():
     agent = agent_in_doubles(obs.shape[-1], critic="central")
     changed = obs.clone()
     changed[0, 2, 1] += 1.0
-    values, others = (agent.get_value(x, neighbors, state, STARTS)[0] for x in (obs, changed))
+    values, others = (get_value(agent, x, neighbors, state, STARTS)[0] for x in (obs, changed))
     assert ((values - others)[0, 2:].abs() > 1e-9).all() and torch.equal(values[0, :2], others[0, :2])
     means, others = (mean(agent, x, neighbors, state, STARTS)[0] for x in (obs, changed))
     assert (means - others)[0, :, [0, 2, 3, 4]].abs().max() < 1e-12
@@ -323,7 +337,7 @@ def test_a_policy_carries_its_state_and_starts_anew_exactly_where_an_episode_end
     starts = np.stack(starts, axis=1)
     assert starts.sum(axis=0).max() < BATCH and (starts.sum(axis=1) > 1).all()  # never all at once, each twice
     obs = torch.tensor(np.stack(seen, axis=1)).double()
-    neighbors, state = torch.zeros(*obs.shape[:-1], 0, dtype=torch.int64), torch.zeros(2, BATCH, N_AGENTS, HIDDEN)
+    neighbors, state = torch.zeros(*obs.shape[:-1], 0, dtype=torch.int64), torch.zeros(BATCH, 2, N_AGENTS, HIDDEN)
     expected, _ = literal(agent.double(), "mean", obs, neighbors, state.double(), starts)
     low, high = agent.action_low, agent.action_high
     expected = (high - low) / 2 * expected[..., :2].tanh() + (high + low) / 2  # behind the two is the guess
@@ -388,8 +402,8 @@ differences, with_ratios = [], torch.Tensor.clamp
 
 def watched(self, *bounds, **named):
     if len(bounds) == 2:
-        run = sys._getframe(1).f_globals
-        differences.append(float((run["newvalue"] - run["b_values"][run["mb_inds"]]).detach().abs().max()))
+        run = sys._getframe(1).f_locals
+        differences.append(float((run["newvalue"] - run["values"]).detach().abs().max()))
     return with_ratios(self, *bounds, **named)
 
 torch.Tensor.clamp = watched
@@ -421,7 +435,7 @@ def first_minibatches(nursery, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ratio_is_1_on_the_first_minibatch_of_every_update(first_minibatches, kind):
     ratios, _ = first_minibatches[kind]
-    assert ratios[:, 0].max() <= 1e-6, ratios[:, 0]
+    assert ratios[:, 0].max() <= 1e-5, ratios[:, 0]  # what single precision leaves of a sequence run twice
     assert ratios[:, 1:].min() > 1e-4  # and the policy moves after that
 
 
@@ -461,7 +475,7 @@ def test_values_of_a_run_are_those_of_memory_that_never_breaks_within_an_episode
     assert (tmp_path / "seen.pt").exists(), result.output
     made = envs.make_vec("VmasNavigation", 1, 0, n_agents=SMALL["n_agents"])
     agent = Agent(Args(**args), made)
-    state = torch.zeros(2, SMALL["num_envs"], SMALL["n_agents"], agent.actor.lstms[0].hidden_size)
+    state = torch.zeros(SMALL["num_envs"], 2, SMALL["n_agents"], agent.actor.lstms[0].hidden_size)
     start, cut_off = torch.zeros(SMALL["num_envs"]), 0
     for batch in saved(tmp_path / "seen.pt"):
         agent.load_state_dict(batch["model"])
@@ -470,14 +484,14 @@ def test_values_of_a_run_are_those_of_memory_that_never_breaks_within_an_episode
         for step in range(NUM_STEPS):
             neighbors = batch["neighbors"][step]
             with torch.no_grad():
-                value, state = agent.get_value(batch["obs"][step], neighbors, state, start)
-                final, _ = agent.get_value(batch["final"][step], neighbors, state, torch.zeros_like(start))
+                value, state = get_value(agent, batch["obs"][step], neighbors, state, start)
+                final, _ = get_value(agent, batch["final"][step], neighbors, state, torch.zeros_like(start))
             close([batch["values"][step]], [value], 1e-5)
             final[~batch["truncated"][step]] = 0
             close([batch["final_values"][step]], [final], 1e-5)
             start, cut_off = batch["dones"][step], cut_off + int(batch["truncated"][step].sum())
         with torch.no_grad():
-            last_value, _ = agent.get_value(*batch["next"], state, start)
+            last_value, _ = get_value(agent, *batch["next"], state, start)
         close([batch["last_value"]], [last_value], 1e-5)
     assert cut_off > 10
 
@@ -635,7 +649,7 @@ def killed(nursery, tmp_path_factory):
 def test_the_kills_were_in_the_middle_of_all_episodes_and_at_the_end_of_one(killed):
     for count, ended in ((1, []), (2, [0])):
         (own,) = saved(killed.cwd / f"killed-{count}.pt")["ranks"]
-        memory = own["memory"].transpose(0, 2).flatten(1)  # (num_envs, ...), of actor and critic
+        memory = own["memory"].flatten(1)  # (num_envs, ...), of actor and critic
         assert (memory == 0).all(dim=1).nonzero().flatten().tolist() == ended  # zero where the next episode starts
         assert memory[len(ended) :].all()
 
@@ -658,7 +672,7 @@ targets, index_select = [], torch.Tensor.index_select
 
 def watching(self, dim, index):  # the first minibatch of an update begins with this
     run = sys._getframe(1).f_globals
-    if "b_unseen" in run and len(targets) == run["run"].step // run["steps_per_iteration"]:
+    if "batch" in run and len(targets) == run["run"].step // run["steps_per_iteration"]:
         targets.append({name: run[name].clone() for name in ("obs", "unseen")})
     return index_select(self, dim, index)
 
@@ -683,12 +697,12 @@ def test_guesses_aim_at_where_the_goal_is_when_they_are_made_and_get_better(nurs
 def test_the_guess_leaves_actions_and_values_alone():
     obs, neighbors, state = sequences()
     agent = agent_of(Spaces(N_AGENTS, obs.shape[-1], unseen_dim=3)).double()
-    policy, _ = agent.get_policy(obs, neighbors, state, STARTS)
+    policy, _ = get_policy(agent, obs, neighbors, state, STARTS)
     assert policy.mean.shape == (BATCH, STEPS, N_AGENTS, 1) and policy.guess.shape == (BATCH, STEPS, N_AGENTS, 3)
     before = policy.log_prob(policy.mode)
     with torch.no_grad():
         agent.actor_mean.weight[:, 1:] += 1
-    policy, _ = agent.get_policy(obs, neighbors, state, STARTS)
+    policy, _ = get_policy(agent, obs, neighbors, state, STARTS)
     assert torch.equal(policy.log_prob(policy.mode), before)
     policy.guess.square().mean().backward()
     assert agent.actor_mean.weight.grad[:, 0].eq(0).all() and agent.actor.embed.weight.grad.any()

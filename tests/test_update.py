@@ -26,43 +26,51 @@ def watched_randn(*args, **kwargs):
 def clip(x, low, high):
     return torch.minimum(torch.maximum(x, torch.as_tensor(low)), torch.as_tensor(high))
 
-def networks(script, mb):
-    agent, obs = script["agent"], [script[name][mb] for name in ("b_obs", "b_neighbors") if name in script]
+def minibatch(script, name):  # by the names of the rollout, not in the order in which the loss is given them
+    if "b_" + name in script:
+        return script["b_" + name][script["mb_inds"]]
+    x = script[name]
+    return (x.transpose(0, 1) if "first_memory" in script else x.flatten(0, 1))[script["mb_inds"]]
+
+def networks(script):
+    agent, obs = script["agent"], [minibatch(script, name) for name in ("obs", "neighbors") if name in script]
     if "first_memory" in script:
-        (actors, critics), starts = script["first_memory"][:, :, mb], script["b_starts"][mb]
-        return agent.get_policy(*obs, actors, starts)[0], agent.get_value(*obs, critics, starts)[0]
+        dones, memory = script["dones"], script["first_memory"][script["mb_inds"]]
+        starts = torch.cat([0 * dones[:1], dones[:-1]]).transpose(0, 1)[script["mb_inds"]]
+        return agent.get_policy(*obs, starts, memory)[0], agent.get_value(*obs, starts, memory)[0]
     return agent.get_policy(*obs), agent.get_value(*obs) if hasattr(agent, "critic") else None
 
 def expected_loss(script, note):
-    args, mb = script["args"], script["mb_inds"]
-    policy, value = networks(script, mb)
+    args = script["args"]
+    policy, value = networks(script)
     if hasattr(policy, "logprobs"):
-        actions, p = script["b_actions"][mb], policy.logprobs.exp()
-        log_prob, entropy = policy.logprobs[torch.arange(len(mb)), actions], -(p * policy.logprobs).sum(-1).mean()
+        actions, p = minibatch(script, "actions"), policy.logprobs.exp()
+        log_prob, entropy = policy.logprobs[torch.arange(len(actions)), actions], -(p * policy.logprobs).sum(-1).mean()
     else:
-        log_prob = policy.log_prob(script["b_raw_actions" if "b_raw_actions" in script else "b_actions"][mb])
+        log_prob = policy.log_prob(minibatch(script, "raw_actions" if "raw_actions" in script else "actions"))
         u = policy.mean + policy.logstd.exp() * adam["noise"]
         log_det = torch.log((policy.high - policy.low) / 2 * (1 - torch.tanh(u) ** 2))
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + policy.logstd + log_det).sum(-1).mean()
 
-    advantage = script["b_advantages"][mb]
+    advantage = minibatch(script, "advantages")
     n = advantage.numel()
     advantage = advantage - advantage.sum() / n
     advantage = advantage / (((advantage**2).sum() / (n if value is None else n - 1)) ** 0.5 + 1e-8)
-    ratio = (log_prob - script["b_logprobs"][mb]).exp()
+    before = "old_logprobs" if "old_logprobs" in script else "logprobs"  # the first, of the policy before the update
+    ratio = (log_prob - minibatch(script, before)).exp()
     clipped = clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # arXiv 1707.06347, equation 7
     note["ratios clipped"] = int((surrogate < ratio * advantage).sum())
     log_ratio, beyond = torch.log(ratio), (ratio < 1 - args.clip_coef) | (ratio > 1 + args.clip_coef)
     note["moved"] = [float(x.mean()) for x in (-log_ratio, ratio - 1 - log_ratio, beyond.double())]
-    note["logged"] = [float(script[name]) for name in ("old_approx_kl", "approx_kl", "clipfrac")]
-    if "b_lag_ratios" in script:  # arXiv 2110.00641, equation 4
-        surrogate = script["b_lag_ratios"][mb] * surrogate
-        note["lag"] = float((script["b_lag_ratios"] - 1).abs().max())
+    note["logged"] = script["terms"][-3:].tolist()  # old_approx_kl, approx_kl, clipfrac
+    if "lag_ratios" in script:  # arXiv 2110.00641, equation 4
+        surrogate = minibatch(script, "lag_ratios") * surrogate
+        note["lag"] = float((script["lag_ratios"] - 1).abs().max())
     loss = -surrogate.mean() - args.ent_coef * entropy
     if value is None:  # arXiv 2402.03300, equation 3, with the divergence itself
-        return loss + script["kl_coef"] * (p * (policy.logprobs - script["b_reference"][mb])).sum(-1).mean()
-    old, target = script["b_values"][mb], script["b_returns"][mb]
+        return loss + script["kl_coef"] * (p * (policy.logprobs - minibatch(script, "reference"))).sum(-1).mean()
+    old, target = minibatch(script, "values"), minibatch(script, "returns")
     error, bounded = (value - target) ** 2, (clip(value, old - args.clip_coef, old + args.clip_coef) - target) ** 2
     note["values clipped"] = int((bounded > error).sum())
     return loss + args.vf_coef * 0.5 * (torch.maximum(error, bounded) if args.clip_vloss else error).mean()
