@@ -5,11 +5,12 @@
     python benchmarks/lidar_learning.py --world rooms       six rooms, an hour
     python benchmarks/lidar_learning.py --world narrow      20 robots in a narrow arena
 
-In the default world a collision costs a little more in training than in the judgement. hidden shows a goal in 25 observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision costs 0.3.
-There the LSTM guesses, in training, where the goal is now (--guess-coef), and beside it stand the same without that
-guess, a curriculum in its place, with goals that hide ever sooner, and the network without memory. rooms compares the
-LSTM with the network without memory, narrow what robots learn that are alone, that know where their 4 nearest
-neighbours are, and that hear messages from these.
+In the default world a collision costs somewhat more in training than in the judgement. hidden shows a goal in 25
+observations (1.25 s) only, in episodes of 10 s without obstacles, and a collision costs 0.3. There the LSTM guesses, in
+training, where the goal is now (--guess-coef), and beside it stand the same without that guess, a curriculum in its
+place, with goals that hide ever sooner, and the network without memory. rooms compares the LSTM with the network
+without memory, narrow what robots learn that are alone, that know where their 4 nearest neighbours are, and that hear
+messages from these.
 
 Trains two runs side by side with one torch thread each, and prints what the best policy of each run does in 400
 held-out episodes, greedy and sampled, mean over seeds with its 95% bootstrap interval, beside the baselines. Minutes

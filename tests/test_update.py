@@ -101,7 +101,8 @@ def watched_step(self, *arguments, **named):
     note["step"] = off(weights.detach().double() - before, change)
     noted.append(note)
 
-torch.randn, torch.optim.Adam.step = watched_randn, watched_step
+torch.randn = torch.compiler.disable(watched_randn)  # it is not for --compile to see through
+torch.optim.Adam.step = watched_step
 atexit.register(lambda: json.dump(noted, open("noted.json", "w")))
 """
 )
@@ -113,9 +114,13 @@ ACTORS = ASYNC | HARD | dict(vf_coef=0.7, clip_vloss=True, num_actors=1, max_lag
 RUNS = {  # script and arguments
     "ppo_swarm": ("ppo_swarm", SWARM),
     "ppo_swarm, values not clipped, rate not annealed": ("ppo_swarm", SWARM | dict(clip_vloss=False, anneal_lr=False)),
+    "ppo_swarm, compiled": ("ppo_swarm", SWARM | dict(compile=True)),
     "ppo_swarm_lstm": ("ppo_swarm_lstm", SWARM),
+    "ppo_swarm_lstm, compiled": ("ppo_swarm_lstm", SWARM | dict(compile=True)),
     "grpo_perep": ("grpo_perep", GRPO | HARD | dict(kl_coef=0.5, target_kl=1e3)),
+    "grpo_perep, compiled": ("grpo_perep", GRPO | HARD | dict(kl_coef=0.5, target_kl=1e3, compile=True)),
     "async_ppo, discrete": ("async_ppo", ACTORS | dict(env_id="CartPole-v1")),
+    "async_ppo, discrete, compiled": ("async_ppo", ACTORS | dict(env_id="CartPole-v1", compile=True)),
     "async_ppo, continuous": ("async_ppo", ACTORS | dict(env_id="Pendulum-v1")),
 }
 

@@ -1,0 +1,64 @@
+"""What --compile is worth. From the repository's root, on a quiet machine, in half an hour:
+
+    pip install "gymnasium[mujoco]"
+    python benchmarks/compiled.py
+
+Each command is run with and without --compile, in turn, round after round. A rate is of the whole loop, rollouts and
+logging included, from the middle of the run to its last log: by then all is compiled. Evaluations and checkpoints are
+left out. What compiling costs is what the first half of the run takes longer.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import tyro
+from common import median_and_range, print_head, print_row, run_and_read, take_turns
+
+LIDAR = (
+    "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-steps 32 --learning-rate 7e-4 "
+    "--num-minibatches 32"
+)
+MUJOCO = (
+    "--env-id HalfCheetah-v5 --num-actors 0 --num-envs 8 --num-steps 256 --gamma 0.99 --gae-lambda 0.95 "
+    "--num-minibatches 32 --learning-rate 3e-4 --norm-obs --norm-reward"
+)
+COMMANDS = {  # name: (script, flags, steps)
+    "Swarm": ("ppo_swarm.py", "", 1_600_000),
+    "LidarNavigation": ("ppo_swarm.py", LIDAR, 800_000),
+    "LidarNavigation, LSTM": ("ppo_swarm_lstm.py", "", 500_000),
+    "LunarLander": ("grpo_perstep.py", "", 800_000),
+    "HalfCheetah-v5": ("async_ppo.py", MUJOCO, 60_000),
+}
+
+
+@dataclass
+class Options:
+    names: tuple[str, ...] = tuple(COMMANDS)  # of the commands
+    rounds: int = 3
+
+
+def measure(name, compiled):
+    """Steps per second in the second half, and the seconds of the first half."""
+    script, flags, steps = COMMANDS[name]
+    never = f"--eval-every {10**12} --eval-episodes 1 --checkpoint-every {10**12}"
+    events = run_and_read(script, f"{flags} --total-timesteps {steps} {never} {'--compile' * compiled}", threads=None)
+    logged = events.Scalars("charts/SPS")
+    middle, last = logged[len(logged) // 2], logged[-1]
+    return (last.step - middle.step) / (last.wall_time - middle.wall_time), middle.step / middle.value
+
+
+def main(options):
+    print_head("command", "steps/s", "with --compile", "times as many (lowest to highest)", "seconds to compile")
+    for name in options.names:
+        contestants = {compiled: partial(measure, name, compiled) for compiled in (False, True)}
+        measured = take_turns(contestants, options.rounds)
+        (plain, _), (compiled, start) = (np.transpose(measured[kind]) for kind in (False, True))
+        half = COMMANDS[name][2] / 2
+        seconds = np.median(start) - half / np.median(compiled)
+        rates = (f"{np.median(rate):,.0f}" for rate in (plain, compiled))
+        print_row(name, *rates, median_and_range(compiled / plain, 2), f"{seconds:.0f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
