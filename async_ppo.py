@@ -322,8 +322,8 @@ def update_return_stats(stats, rewards, dones, sums, owners, gamma, world_size):
     stats.update(returns.flatten(0, 1), world_size)
 
 
-def compute_loss(agent, args, epoch, obs, next_obs, actions, logprobs, lag_ratios, advantages, returns, values):
-    """Of a minibatch: the loss, the approximate KL divergence, and all that is logged of it, of which no gradient."""
+def compute_loss(agent, args, first_epoch, obs, next_obs, actions, logprobs, lag_ratios, advantages, returns, values):
+    """Of a minibatch: the loss, and without gradients the approximate KL divergence and the terms that are logged."""
     policy = agent.get_policy(obs)
     newvalue = agent.get_value(obs)
     logratio = policy.log_prob(actions) - logprobs
@@ -343,7 +343,7 @@ def compute_loss(agent, args, epoch, obs, next_obs, actions, logprobs, lag_ratio
     # Entropy
     entropy = policy.entropy().mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    if args.rnd_coef and epoch == 0:  # the predictor's, once a batch, or soon nothing is novel
+    if args.rnd_coef and first_epoch:  # the predictor's, once a batch, or soon nothing is novel
         loss = loss + agent.novelty(next_obs, agent.obs_stats).mean()
     # How far the policy has moved: http://joschu.net/blog/kl-approx.html
     old_approx_kl = (-logratio).mean()
@@ -442,7 +442,7 @@ if __name__ == "__main__":
                 generator.set_state(run.own["generator"])
                 observations, _ = envs.set_state(run.own["envs"])
 
-    if args.compile:  # with torch's own random numbers, as without it
+    if args.compile:  # and draw the random numbers that are drawn without it
         compute_loss = torch.compile(compute_loss, options={"fallback_random": True})
 
     while run.step < total_steps:
@@ -506,9 +506,9 @@ if __name__ == "__main__":
         for epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(len(batch[0])).to(device).chunk(args.num_minibatches):
                 minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
-                loss, approx_kl, terms = compute_loss(agent, args, epoch, *minibatch)
+                loss, approx_kl, terms = compute_loss(agent, args, epoch == 0, *minibatch)
                 losses.append(terms)
-                kl_exceeded = args.target_kl is not None and average(approx_kl) > args.target_kl
+                kl_exceeded = args.target_kl is not None and average(approx_kl.clone()) > args.target_kl
                 if kl_exceeded:
                     break
                 weights.grad.zero_()

@@ -187,8 +187,8 @@ def compute_advantages(rewards, alive):
     return (episode * alive).float()
 
 
-def compute_loss(agent, args, kl_coef, obs, actions, advantages, logprobs, reference):
-    """Of a minibatch: the loss, the approximate KL divergence, and all that is logged of it, of which no gradient."""
+def compute_loss(agent, args, kl_coef, obs, actions, logprobs, advantages, reference):
+    """Of a minibatch: the loss, and without gradients the approximate KL divergence and the terms that are logged."""
     policy = agent.get_policy(obs)
     logratio = policy.log_prob(actions) - logprobs
     ratio = logratio.exp()  # (minibatch,)
@@ -249,7 +249,7 @@ if __name__ == "__main__":
             reference.load_state_dict(run.checkpoint["reference"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
 
-    if args.compile:  # with torch's own random numbers, as without it
+    if args.compile:  # and draw the random numbers that are drawn without it
         compute_loss = torch.compile(compute_loss, options={"fallback_random": True})
 
     while run.step < args.total_timesteps:  # it counts the steps of the episodes, of all processes
@@ -295,7 +295,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             b_logprobs = agent.get_policy(b_obs).log_prob(b_actions)
             b_reference = reference.get_policy(b_obs).logprobs  # (batch, n_actions)
-        batch = [b_obs, b_actions, b_advantages, b_logprobs, b_reference]
+        batch = [b_obs, b_actions, b_logprobs, b_advantages, b_reference]
         losses = []  # of every minibatch
         for _ in range(args.update_epochs):
             # Not chunk: in a torchrun every process has as many minibatches, whatever its number of steps
@@ -303,7 +303,7 @@ if __name__ == "__main__":
                 minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
                 loss, approx_kl, terms = compute_loss(agent, args, kl_coef, *minibatch)
                 losses.append(terms)
-                kl_exceeded = args.target_kl is not None and average(approx_kl) > args.target_kl
+                kl_exceeded = args.target_kl is not None and average(approx_kl.clone()) > args.target_kl
                 if kl_exceeded:
                     break
                 weights.grad.zero_()

@@ -256,7 +256,7 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
 
 
 def compute_loss(agent, args, raw_actions, logprobs, advantages, returns, values, unseen, *inputs):
-    """Of a minibatch: the loss, the approximate KL divergence, and all that is logged of it, of which no gradient."""
+    """Of a minibatch: the loss, and without gradients the approximate KL divergence and the terms that are logged."""
     policy = agent.get_policy(*inputs)
     newvalue = agent.get_value(*inputs)
     logratio = policy.log_prob(raw_actions) - logprobs
@@ -320,7 +320,7 @@ if __name__ == "__main__":
             envs = stages[run.stage]
             observations, infos = envs.set_state(run.own["envs"])
 
-    if args.compile:  # with torch's own random numbers, as without it
+    if args.compile:  # and draw the random numbers that are drawn without it
         compute_loss = torch.compile(compute_loss, options={"fallback_random": True})
 
     while run.step < total_steps:
@@ -382,7 +382,7 @@ if __name__ == "__main__":
                 minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
                 loss, approx_kl, terms = compute_loss(agent, args, *minibatch)
                 losses.append(terms)
-                kl_exceeded = args.target_kl is not None and average(approx_kl) > args.target_kl
+                kl_exceeded = args.target_kl is not None and average(approx_kl.clone()) > args.target_kl
                 if kl_exceeded:
                     break
                 weights.grad.zero_()

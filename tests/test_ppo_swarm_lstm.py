@@ -132,7 +132,7 @@ def literal(agent, what, obs, neighbors, state, starts):
     """Means or values: the trunk, which test_ppo_swarm.py tests, the literal LSTM, and the last layer."""
     trunk = agent.actor if what == "mean" else agent.critic or agent.actor
     features = [Trunk.forward(trunk, obs[:, step], neighbors[:, step]) for step in range(obs.shape[1])]
-    features, state = literal_lstm(trunk.lstms, torch.stack(features, dim=1), state, starts)
+    features, state = literal_lstm(trunk.memories, torch.stack(features, dim=1), state, starts)
     if what == "mean":
         return agent.actor_mean(features.flatten(0, 1)).view(*obs.shape[:-1], -1), state
     if agent.central:
@@ -177,7 +177,7 @@ def test_memory_is_the_literal_lstm_for_any_pattern_of_starts(data):
     obs, state = torch.randn(batch, steps, 3, 2).double(), torch.randn(batch, 2, 3, HIDDEN).double()
     no_neighbors = torch.zeros(batch, steps, 3, 0, dtype=torch.int64)
     features = Trunk.forward(trunk, obs.flatten(0, 1), no_neighbors).view(batch, steps, 3, HIDDEN)
-    expected, after = literal_lstm(trunk.lstms, features, state, starts)
+    expected, after = literal_lstm(trunk.memories, features, state, starts)
     close(trunk(obs, no_neighbors, starts, state), (expected.flatten(0, 1), after))
 
 
@@ -210,7 +210,7 @@ def test_gradients_reach_every_parameter_of_every_agent(policy, share, share_lst
     (distribution.log_prob(torch.randn_like(distribution.mean)).mean() + (values - 1).square().mean()).backward()
     for name, parameter in agent.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
-    assert len(agent.actor.lstms) == (1 if share else N_AGENTS)
+    assert len(agent.actor.memories) == (1 if share else N_AGENTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_gradients_of_the_weights_are_those_of_the_episodes_apart(what):
     outputs, _ = outputs_of(agent, what, obs, neighbors, state, starts)
     before, _ = outputs_of(agent, what, obs[:, :cut], neighbors[:, :cut], state, 0 * starts[:, :cut])
     after, _ = outputs_of(agent, what, obs[:, cut:], neighbors[:, cut:], 0 * state, 0 * starts[:, cut:])
-    parameters = [parameter for name, parameter in agent.named_parameters() if "lstms" in name]
+    parameters = [parameter for name, parameter in agent.named_parameters() if "memories" in name]
     weight = torch.randn_like(outputs)
     losses = (outputs * weight).sum(), (torch.cat([before, after], dim=1) * weight).sum()
     got, expected = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
@@ -475,7 +475,7 @@ def test_values_of_a_run_are_those_of_memory_that_never_breaks_within_an_episode
     assert (tmp_path / "seen.pt").exists(), result.output
     made = envs.make_vec("VmasNavigation", 1, 0, n_agents=SMALL["n_agents"])
     agent = Agent(Args(**args), made)
-    state = torch.zeros(SMALL["num_envs"], 2, SMALL["n_agents"], agent.actor.lstms[0].hidden_size)
+    state = torch.zeros(SMALL["num_envs"], 2, SMALL["n_agents"], agent.actor.memories[0].hidden_size)
     start, cut_off = torch.zeros(SMALL["num_envs"]), 0
     for batch in saved(tmp_path / "seen.pt"):
         agent.load_state_dict(batch["model"])
