@@ -27,11 +27,11 @@ MUJOCO = (
     "--num-minibatches 32 --learning-rate 3e-4 --norm-obs --norm-reward"
 )
 COMMANDS = {  # name: (script, flags, steps)
-    "Swarm": ("ppo_swarm.py", "", 1_600_000),
-    "LidarNavigation": ("ppo_swarm.py", LIDAR, 800_000),
-    "LidarNavigation, LSTM": ("ppo_swarm_lstm.py", "", 500_000),
-    "LunarLander": ("grpo_perstep.py", "", 1_600_000),
-    "HalfCheetah-v5": ("async_ppo.py", MUJOCO, 60_000),
+    "Swarm": ("ppo_swarm.py", "", 800_000),
+    "LidarNavigation": ("ppo_swarm.py", LIDAR, 400_000),
+    "LidarNavigation, LSTM": ("ppo_swarm_lstm.py", "", 300_000),
+    "LunarLander": ("grpo_perstep.py", "", 1_000_000),
+    "HalfCheetah-v5": ("async_ppo.py", MUJOCO, 40_000),
 }
 
 
