@@ -257,7 +257,7 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
 
 def compute_loss(agent, args, raw_actions, logprobs, advantages, returns, values, unseen, *inputs):
     """Of a minibatch: the loss, and without gradients the approximate KL divergence and the terms that are logged."""
-    policy = agent.get_policy(*inputs)
+    policy = agent.get_policy(*inputs)  # obs, neighbors
     newvalue = agent.get_value(*inputs)
     logratio = policy.log_prob(raw_actions) - logprobs
     ratio = logratio.exp()  # (minibatch, ..., n_agents)

@@ -298,7 +298,7 @@ def compute_gae(rewards, values, last_value, final_values, dones, gamma, gae_lam
 
 def compute_loss(agent, args, raw_actions, logprobs, advantages, returns, values, unseen, *inputs):
     """Of a minibatch: the loss, and without gradients the approximate KL divergence and the terms that are logged."""
-    policy, _ = agent.get_policy(*inputs)
+    policy, _ = agent.get_policy(*inputs)  # obs, neighbors, starts, memory
     newvalue, _ = agent.get_value(*inputs)
     logratio = policy.log_prob(raw_actions) - logprobs
     ratio = logratio.exp()  # (minibatch, ..., n_agents)
@@ -420,7 +420,7 @@ if __name__ == "__main__":
         run.clock("update")
         batch = [raw_actions, logprobs, advantages, returns, values, unseen, obs, neighbors]
         batch += [torch.cat([torch.zeros_like(dones[:1]), dones[:-1]])]  # where episodes start
-        batch = [*(x.transpose(0, 1) for x in batch), first_memory]  # (num_envs, num_steps, ...), but memory
+        batch = [*(x.transpose(0, 1) for x in batch), first_memory]  # (num_envs, num_steps, ...); no steps in memory
         losses = []  # of every minibatch
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(len(batch[0])).to(device).chunk(args.num_minibatches):
