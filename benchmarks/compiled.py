@@ -1,4 +1,4 @@
-"""What --compile is worth. From the repository's root, on a quiet machine, in half an hour:
+"""What --compile is worth. From the repository's root, on a quiet machine, in 20 minutes:
 
     pip install "gymnasium[mujoco]"
     python benchmarks/compiled.py
