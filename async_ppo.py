@@ -322,7 +322,7 @@ def update_return_stats(stats, rewards, dones, sums, owners, gamma, world_size):
     stats.update(returns.flatten(0, 1), world_size)
 
 
-def compute_loss(agent, args, first_epoch, obs, next_obs, actions, logprobs, lag_ratios, advantages, returns, values):
+def compute_loss(agent, args, obs, actions, logprobs, lag_ratios, advantages, returns, values):
     """Of a minibatch: the loss, and without gradients the approximate KL divergence and the terms that are logged."""
     policy = agent.get_policy(obs)
     newvalue = agent.get_value(obs)
@@ -343,8 +343,6 @@ def compute_loss(agent, args, first_epoch, obs, next_obs, actions, logprobs, lag
     # Entropy
     entropy = policy.entropy().mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    if args.rnd_coef and first_epoch:  # the predictor's, once a batch, or soon nothing is novel
-        loss = loss + agent.novelty(next_obs, agent.obs_stats).mean()
     # How far the policy has moved: http://joschu.net/blog/kl-approx.html
     old_approx_kl = (-logratio).mean()
     approx_kl = (ratio - 1 - logratio).mean()
@@ -500,13 +498,16 @@ if __name__ == "__main__":
         advantages = (advantages * coefs).sum(-1)
 
         # Update
-        batch = [obs, next_obs, actions, old_logprobs, lag_ratios, advantages, returns, values]
+        batch = [obs, actions, old_logprobs, lag_ratios, advantages, returns, values]
         batch = [x.flatten(0, 1) for x in batch]  # (num_steps * num_envs, ...)
         losses = []  # of every minibatch
         for epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(len(batch[0])).to(device).chunk(args.num_minibatches):
                 minibatch = [x.index_select(0, mb_inds) for x in batch]  # for wide rows faster than x[mb_inds]
-                loss, approx_kl, terms = compute_loss(agent, args, epoch == 0, *minibatch)
+                loss, approx_kl, terms = compute_loss(agent, args, *minibatch)
+                if args.rnd_coef and epoch == 0:  # the predictor's, once a batch, or soon nothing is novel
+                    novelty = agent.novelty(next_obs.flatten(0, 1).index_select(0, mb_inds), agent.obs_stats)
+                    loss = loss + novelty.mean()
                 losses.append(terms)
                 kl_exceeded = args.target_kl is not None and average(approx_kl.clone()) > args.target_kl
                 if kl_exceeded:

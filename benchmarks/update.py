@@ -95,7 +95,7 @@ def compare_stretches():
     for num_envs in (args.num_envs // args.num_minibatches, args.num_envs):
         obs = torch.randn(num_envs, args.num_steps, args.n_agents, obs_dim)
         neighbors = torch.zeros((num_envs, args.num_steps, args.n_agents, 0), dtype=torch.int64)
-        state = torch.zeros(num_envs, 2, args.n_agents, args.hidden_dim)
+        state = torch.zeros(num_envs, args.n_agents, 2, args.hidden_dim)
         every = torch.ones(num_envs, args.num_steps)
 
         def step(starts, obs=obs, neighbors=neighbors, state=state):

@@ -455,7 +455,7 @@ WATCH = (
     + """
 import sys, torch
 names = "obs final_obs actions logprobs terminations truncations".split()
-trained_on = "obs next_obs actions old_logprobs lag_ratios advantages returns values".split()  # the parts of batch
+trained_on = "obs actions old_logprobs lag_ratios advantages returns values".split()  # the parts of batch
 seen = []
 
 def watch(frame, event, result):

@@ -66,7 +66,7 @@ def literal_lstm(lstms, x, state, starts):
     """The equations, for each agent alone: x and the outputs (batch, steps, n_agents, hidden), summed, and the state
     after the last.
     """
-    x, (h, c) = x.detach().numpy(), state.detach().transpose(0, 1).numpy().copy()
+    x, (h, c) = x.detach().numpy(), state.detach().movedim(2, 0).numpy().copy()
     features = np.zeros_like(x)
     for agent in range(x.shape[2]):
         lstm = lstms[agent if len(lstms) > 1 else 0]
@@ -80,7 +80,7 @@ def literal_lstm(lstms, x, state, starts):
                 c[env, agent] = sigmoid(f) * c[env, agent] + sigmoid(i) * np.tanh(g)
                 h[env, agent] = sigmoid(o) * np.tanh(c[env, agent])
                 features[env, step, agent] = x[env, step, agent] + h[env, agent]
-    return torch.tensor(features), torch.tensor(np.stack([h, c], axis=1))
+    return torch.tensor(features), torch.tensor(np.stack([h, c], axis=2))
 
 
 def agent_of(spaces, **args):
@@ -99,19 +99,19 @@ def agent_in_doubles(obs_dim, **args):
 
 
 def sequences(seed=0, n_agents=N_AGENTS):
-    """Observations and neighbours (batch, steps, n_agents, ...); the state before them (batch, 2, n_agents, hidden)."""
+    """Observations and neighbours (batch, steps, n_agents, ...); the state before them (batch, n_agents, 2, hidden)."""
     obs, neighbors = crowd(batch=BATCH * STEPS, n_agents=n_agents, seed=seed)
-    state = torch.tensor(np.random.default_rng(seed).normal(size=(BATCH, 2, n_agents, HIDDEN)))
+    state = torch.tensor(np.random.default_rng(seed).normal(size=(BATCH, n_agents, 2, HIDDEN)))
     return obs.view(BATCH, STEPS, *obs.shape[1:]), neighbors.view(BATCH, STEPS, *neighbors.shape[1:]), state
 
 
 def get_policy(agent, obs, neighbors, state, starts):
     """Of an actor whose critic has the same state; so in get_value."""
-    return agent.get_policy(obs, neighbors, starts, torch.stack([state, state], dim=1))
+    return agent.get_policy(obs, neighbors, starts, torch.stack([state, state], dim=2))
 
 
 def get_value(agent, obs, neighbors, state, starts):
-    return agent.get_value(obs, neighbors, starts, torch.stack([state, state], dim=1))
+    return agent.get_value(obs, neighbors, starts, torch.stack([state, state], dim=2))
 
 
 def mean(agent, *inputs):
@@ -174,7 +174,7 @@ def test_memory_is_the_literal_lstm_for_any_pattern_of_starts(data):
     starts = torch.tensor(starts, dtype=torch.float64).view(batch, steps)
     torch.manual_seed(data.draw(st.integers(0, 9)))
     trunk = RecurrentTrunk(Args(hidden_dim=HIDDEN), 2, 3 if own else None).double()
-    obs, state = torch.randn(batch, steps, 3, 2).double(), torch.randn(batch, 2, 3, HIDDEN).double()
+    obs, state = torch.randn(batch, steps, 3, 2).double(), torch.randn(batch, 3, 2, HIDDEN).double()
     no_neighbors = torch.zeros(batch, steps, 3, 0, dtype=torch.int64)
     features = Trunk.forward(trunk, obs.flatten(0, 1), no_neighbors).view(batch, steps, 3, HIDDEN)
     expected, after = literal_lstm(trunk.memories, features, state, starts)
@@ -276,10 +276,10 @@ def test_permuting_the_agents_permutes_outputs_and_states(policy, what):
     obs, neighbors, state = sequences()
     agent = agent_in_doubles(obs.shape[-1], policy=policy)
     order = torch.tensor([3, 0, 4, 1, 2])
-    permuted = obs[:, :, order], torch.argsort(order)[neighbors[:, :, order]], state[:, :, order]
+    permuted = obs[:, :, order], torch.argsort(order)[neighbors[:, :, order]], state[:, order]
     outputs, last = outputs_of(agent, what, obs, neighbors, state, STARTS)
     assert outputs.std(dim=2).min() > 1e-3
-    close(outputs_of(agent, what, *permuted, STARTS), (outputs[:, :, order], last[:, :, order]))
+    close(outputs_of(agent, what, *permuted, STARTS), (outputs[:, :, order], last[:, order]))
 
 
 @both
@@ -295,7 +295,7 @@ def test_what_one_robot_saw_changes_what_it_does_later_and_nothing_that_others_d
     expected = torch.zeros_like(differs)
     expected[0, 2:, 1] = True
     assert torch.equal(differs, expected)
-    differs = ((last - other_last).abs() > 1e-9).any(dim=-1).any(dim=1)  # (batch, n_agents)
+    differs = ((last - other_last).abs() > 1e-9).any(dim=-1).any(dim=-1)  # (batch, n_agents)
     assert differs.nonzero().tolist() == [[0, 1]]
 
 
@@ -337,7 +337,7 @@ def test_a_policy_carries_its_state_and_starts_anew_exactly_where_an_episode_end
     starts = np.stack(starts, axis=1)
     assert starts.sum(axis=0).max() < BATCH and (starts.sum(axis=1) > 1).all()  # never all at once, each twice
     obs = torch.tensor(np.stack(seen, axis=1)).double()
-    neighbors, state = torch.zeros(*obs.shape[:-1], 0, dtype=torch.int64), torch.zeros(BATCH, 2, N_AGENTS, HIDDEN)
+    neighbors, state = torch.zeros(*obs.shape[:-1], 0, dtype=torch.int64), torch.zeros(BATCH, N_AGENTS, 2, HIDDEN)
     expected, _ = literal(agent.double(), "mean", obs, neighbors, state.double(), starts)
     low, high = agent.action_low, agent.action_high
     expected = (high - low) / 2 * expected[..., :2].tanh() + (high + low) / 2  # behind the two is the guess
@@ -396,6 +396,18 @@ class Staggered(envs.VmasNavigation):  # episodes end at different steps: every 
 steps = []
 envs.NATIVE_ENVS["Staggered"] = Staggered
 """
+# In double precision: rounding would hide what a sequence run again makes of a memory that is slightly wrong
+DOUBLES = """
+import numpy as np, torch
+
+def doubled(make):
+    def made(data, **named):
+        return make(data.astype(float) if getattr(data, "dtype", None) == np.float32 else data, **named)
+    return made
+
+torch.set_default_dtype(torch.float64)
+torch.tensor, torch.as_tensor = doubled(torch.tensor), doubled(torch.as_tensor)
+"""
 # The values of a minibatch beside those of the rollout, at the moment at which RATIOS looks at the ratio
 VALUES = """
 differences, with_ratios = [], torch.Tensor.clamp
@@ -424,7 +436,7 @@ def first_minibatches(nursery, tmp_path_factory):
     args = SMALL | dict(total_timesteps=12 * PER_UPDATE, update_epochs=2, eval_every=10**9)
     args["env_kwargs"] = dict(max_steps=10)  # no divisor of num_steps
     jobs = [(cwd / name, args | kind) for name, kind in KINDS.items()]
-    for result in nursery.run(*jobs, probe=STAGGERED + RATIOS + VALUES):
+    for result in nursery.run(*jobs, probe=STAGGERED + DOUBLES + RATIOS + VALUES):
         assert result.code == 0, result.output
     files = ("ratios.json", "differences.json")
     return {
@@ -435,7 +447,7 @@ def first_minibatches(nursery, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ratio_is_1_on_the_first_minibatch_of_every_update(first_minibatches, kind):
     ratios, _ = first_minibatches[kind]
-    assert ratios[:, 0].max() <= 1e-5, ratios[:, 0]  # what single precision leaves of a sequence run twice
+    assert ratios[:, 0].max() <= 1e-6, ratios[:, 0]
     assert ratios[:, 1:].min() > 1e-4  # and the policy moves after that
 
 
@@ -475,7 +487,7 @@ def test_values_of_a_run_are_those_of_memory_that_never_breaks_within_an_episode
     assert (tmp_path / "seen.pt").exists(), result.output
     made = envs.make_vec("VmasNavigation", 1, 0, n_agents=SMALL["n_agents"])
     agent = Agent(Args(**args), made)
-    state = torch.zeros(SMALL["num_envs"], 2, SMALL["n_agents"], agent.actor.memories[0].hidden_size)
+    state = torch.zeros(SMALL["num_envs"], SMALL["n_agents"], 2, agent.actor.memories[0].hidden_size)
     start, cut_off = torch.zeros(SMALL["num_envs"]), 0
     for batch in saved(tmp_path / "seen.pt"):
         agent.load_state_dict(batch["model"])
