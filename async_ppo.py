@@ -4,6 +4,7 @@
         --env-id LunarLander --eval-env-id LunarLander-v3 ...   the fast lander: docs/async.md has its flags
         --num-actors 0                          the same algorithm, synchronous: collect, learn, collect, ...
         --vtrace                                correct the returns for the lag of the policy that acted
+        --lasting-noise 1                       explore with noise that lasts, where momentum has to be built up
         --rnd-coef 1 --no-norm-adv              explore, by Random Network Distillation
         --evaluate runs/NAME/model.pt
     torchrun --nproc-per-node 2 SCRIPT          data-parallel: each process has actors of its own
@@ -81,6 +82,7 @@ class Args:
 
     hidden_dim: int = 64  # width of the layers
     init_logstd: float = -0.5  # log of the standard deviation at the start, before the squashing
+    lasting_noise: float = 0.0  # share of the environments whose noise lasts for some ten steps; continuous actions
 
     total_timesteps: int = 200_000  # steps to train for
     learning_rate: float = 1e-3  # the step size of Adam
@@ -138,6 +140,7 @@ class Agent(nn.Module):
         n_in = envs.single_observation_space.shape[0]
         space = envs.single_action_space
         self.discrete = isinstance(space, gym.spaces.Discrete)
+        self.lasting_noise = 0.0 if self.discrete else args.lasting_noise
         self.norm_obs = args.norm_obs
         self.actor = mlp(n_in, args.hidden_dim, space.n if self.discrete else space.shape[0], std=0.01)
         if self.discrete:
@@ -354,14 +357,23 @@ def compute_loss(agent, args, obs, actions, logprobs, lag_ratios, advantages, re
 # -------------------- Actors ------------------------------------------------------------------------------------------
 
 
+NOISE_CORRELATION = 0.9  # of lasting noise, from one step to the next
+
+
 @torch.no_grad()
 def collect(agent, envs, observations, generator, fragment):
     """Fill the fragment, starting from `observations`; returns those that come next."""
     device = agent.actor[0].weight.device
+    lasting = math.ceil(agent.lasting_noise * envs.num_envs)  # environments, the first ones
+    noise = torch.randn(fragment["actions"][0, :lasting].shape, generator=generator)  # of these
     for step in range(len(fragment["rewards"])):
         fragment["obs"][step] = observations
         policy = agent.get_policy(to_tensor(observations, device))
         actions = policy.sample(generator)
+        if lasting:
+            actions[:lasting] = policy.mean[:lasting] + policy.logstd.exp() * noise.to(device)
+            fresh = torch.randn(noise.shape, generator=generator)
+            noise = NOISE_CORRELATION * noise + (1 - NOISE_CORRELATION**2) ** 0.5 * fresh
         fragment["actions"][step] = actions.cpu().numpy()
         fragment["logprobs"][step] = policy.log_prob(actions).cpu().numpy()
         observations, rewards, terminations, truncations, infos = envs.step(policy.squash(actions).cpu().numpy())

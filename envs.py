@@ -3094,6 +3094,7 @@ ARGUMENT_RANGES = {
     "hidden_dim": (2, 2**14),
     "hops": (1, LARGEST_SIZE),
     "init_logstd": (-20, 5),
+    "lasting_noise": (0, 1),
     "total_timesteps": (1, 2**62),
     "learning_rate": (1e-12, 1e12),
     "num_steps": (1, LARGEST_SIZE),

@@ -1,4 +1,4 @@
-"""async_ppo.py whose actors stand still during every evaluation, for benchmarks/async_race.py; with its own flags."""
+"""async_ppo.py, with its own flags, whose actors stand still during every evaluation: for two of the races."""
 
 import multiprocessing
 import os

@@ -35,7 +35,7 @@ from common import (
     print_row,
     read_events,
     run_script,
-    seconds_at,
+    training_seconds,
 )
 
 TARGETS = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}
@@ -123,14 +123,8 @@ def ours(env_id, flags, seed):
     hit = first_reaching(events, "eval/r", TARGETS[env_id])
     if hit is None:
         return Result(NAN, NAN, NAN, end)
-    seconds = seconds_at(events)
-    logged = {event.step: event.wall_time for event in events.Scalars("charts/SPS")}
-    first = min(seconds)  # training began this long before the first update was logged
-    started = logged[first] - seconds[first]
-    # An evaluation lies between the writing of the update's scalars and that of its own.
-    pause = sum(event.wall_time - logged[event.step] for event in events.Scalars("eval/r") if event.step < hit.step)
-    arrived = logged[hit.step] - pause
-    return Result(hit.step, arrived - started, arrived - launch, end)
+    started, seconds = training_seconds(events)
+    return Result(hit.step, seconds[hit.step], started + seconds[hit.step] - launch, end)
 
 
 def judge(env_id, path):

@@ -113,6 +113,22 @@ def seconds_at(events):
     return {event.step: event.step / event.value for event in events.Scalars("charts/SPS")}
 
 
+def training_seconds(events):
+    """When the training began, as time.time(), and {step: seconds since then} of every update, without evaluations."""
+    seconds = seconds_at(events)
+    logged = {event.step: event.wall_time for event in events.Scalars("charts/SPS")}
+    first = min(seconds)  # training began this long before the first update was logged
+    started = logged[first] - seconds[first]
+    # An evaluation lies between the writing of the update's scalars and that of its own
+    pauses = {event.step: event.wall_time - logged[event.step] for event in events.Scalars("eval/r")}
+    paused = 0.0
+    trained = {}
+    for step in sorted(logged):
+        trained[step] = logged[step] - paused - started
+        paused += pauses.get(step, 0.0)
+    return started, trained
+
+
 # -------------------- Judging policies --------------------------------------------------------------------------------
 
 

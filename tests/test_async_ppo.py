@@ -272,6 +272,44 @@ def test_the_squashed_policy_estimates_the_entropy_and_is_drawn_from_the_normal(
         assert below == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / count))
 
 
+@torch.no_grad()
+def explored(env_id, lasting_noise):
+    """The actions of two fragments of 30 steps of 40 environments, and the policies that acted at each step."""
+    torch.manual_seed(0)
+    world = envs.make_vec(env_id, 40, 0)
+    agent = Agent(Args(lasting_noise=lasting_noise), world)
+    fragment = envs.make_fragment(world, 30)
+    generator = torch.Generator().manual_seed(0)
+    observations, _ = world.reset(seed=0)
+    for _ in range(2):
+        observations = async_ppo.collect(agent, world, observations, generator, fragment)
+        policies = [agent.get_policy(torch.from_numpy(obs)) for obs in fragment["obs"][:-1]]
+        actions = torch.from_numpy(fragment["actions"])
+        for step, policy in enumerate(policies):
+            torch.testing.assert_close(policy.log_prob(actions[step]), torch.from_numpy(fragment["logprobs"][step]))
+        yield actions, policies
+    world.close()
+
+
+def test_noise_lasts_in_its_share_of_the_environments_and_begins_anew_with_every_fragment():
+    generator = torch.Generator().manual_seed(0)
+    for actions, policies in explored("Pendulum-v1", lasting_noise=0.23):  # 10 of 40, 9.2 rounded up
+        lasting = torch.randn(10, 1, generator=generator)
+        for taken, policy in zip(actions, policies, strict=True):
+            noise = torch.randn(40, 1, generator=generator)
+            noise[:10] = lasting
+            torch.testing.assert_close(taken, policy.mean + policy.logstd.exp() * noise)
+            lasting = 0.9 * lasting + math.sqrt(1 - 0.9**2) * torch.randn(10, 1, generator=generator)
+
+
+@pytest.mark.parametrize(("env_id", "share"), [("Pendulum-v1", 0.0), ("CartPole-v1", 1.0)])
+def test_other_noise_is_the_policy_s_own_and_that_of_discrete_actions_always_is(env_id, share):
+    generator = torch.Generator().manual_seed(0)
+    for actions, policies in explored(env_id, lasting_noise=share):
+        for taken, policy in zip(actions, policies, strict=True):
+            torch.testing.assert_close(policy.sample(generator), taken)
+
+
 class Spaces:
     def __init__(self, action_space, obs_dim=3):
         self.single_observation_space = gym.spaces.Box(-9, 9, (obs_dim,), np.float32)
@@ -594,6 +632,9 @@ ALIKE = {
     ),
     "continuous, V-trace": dict(env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), vtrace=True),
     "discrete, rewards normalised": dict(env_id="CartPole-v1", norm_reward=True),
+    "continuous, noise that lasts": dict(
+        env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), lasting_noise=0.5
+    ),
 }
 
 
@@ -1063,6 +1104,7 @@ BAD_ARGUMENTS = {
     "num_workers": (1, 2),  # with actors
     "max_lag": (-1,),
     "init_logstd": (-21.0, math.nan),
+    "lasting_noise": (-0.1, 1.5, math.nan),
     "hidden_dim": (1,),
     "seed": (-1, 2**32, envs.VALIDATION_SEED),
 }
