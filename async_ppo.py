@@ -14,7 +14,8 @@ Each actor is a process with environments of its own. It takes the newest weight
 leaves these, a fragment, in shared memory and goes on. The learner trains on fragments as they come, as many to an
 update as there are actors, so that a slow one holds up nobody. How it departs from ppo_swarm.py:
 
-1. One agent to an environment, actions discrete or continuous; rewards and observations may be normalised.
+1. One agent to an environment, actions discrete or continuous; rewards and observations may be normalised, and noise
+   may last.
 2. A fragment's lag is the number of updates between the policy that acted and the one that starts to learn from it.
    Fragments with more than max_lag are thrown away; an actor whose fragments are all full waits.
 3. Three policies count (decoupled PPO, arXiv 2110.00641): the one that acted, the one before the update, the newest.

@@ -1,12 +1,12 @@
 """async_ppo.py beside CleanRL's and Stable-Baselines3's PPO on MuJoCo: steps a second, time to a peer's final return.
 
     pip install "gymnasium[mujoco]" stable-baselines3==2.9.2
-    python benchmarks/gymnasium_race.py CLEANRL/cleanrl/ppo_continuous_action.py [--env-ids Hopper-v5] [--seeds 1 2 3]
+    python benchmarks/gymnasium_race.py CLEANRL/cleanrl/ppo_continuous_action.py [--env-ids Hopper-v5] [--seeds 1 2]
 
-From the repository's root, on a quiet machine with two cores; 15 minutes for a seed of an environment. In turn, round
-after round: ours trains for the suite's 1 M steps, with one actor, which stands still while, every 50,000 steps, 20
-held-out episodes are played, greedy and sampled; these are in nobody's time. SB3, with the settings of its zoo, and
-CleanRL's file as of commit 35896b1f (with one argument more, which Gymnasium 1.4 wants) train for 50,000 steps.
+From the repository's root, on a quiet machine with two cores; not run whole yet. In turn, seed after seed: ours trains
+for the suite's 1 M steps, with one actor, which stands still while, every 50,000 steps, 20 held-out episodes are
+played, greedy and sampled; these are in nobody's time. SB3, with the settings of its zoo, and CleanRL's file as of
+commit 35896b1f (with one argument more, which Gymnasium 1.4 wants) train for 50,000 steps.
 
 Printed: steps per second; and the seconds of training until ours is as good as the return that was published for the
 end of a peer's 1 M steps, beside those in which the peer would make these, at its rate. Ours has arrived with the first
@@ -51,7 +51,7 @@ ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml, for the versions 3 of these
 class Options:
     cleanrl: tyro.conf.Positional[Path]  # CleanRL's ppo_continuous_action.py
     env_ids: tuple[Literal[tuple(ZOO)], ...] = tuple(ZOO)
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
 
 def sb3(env_id, seed):
