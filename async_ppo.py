@@ -346,7 +346,9 @@ def compute_loss(agent, args, obs, actions, logprobs, lag_ratios, advantages, re
     v_loss = 0.5 * v_loss.mean()
     # Entropy
     entropy = policy.entropy().mean()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+    loss = pg_loss + args.vf_coef * v_loss
+    if args.ent_coef:  # or its gradient would be computed for nothing
+        loss = loss - args.ent_coef * entropy
     # How far the policy has moved: http://joschu.net/blog/kl-approx.html
     old_approx_kl = (-logratio).mean()
     approx_kl = (ratio - 1 - logratio).mean()

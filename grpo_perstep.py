@@ -208,7 +208,9 @@ def compute_loss(agent, args, kl_coef, obs, actions, logprobs, advantages, refer
     kl = policy.kl(Categorical(reference, agent.first_action)).mean()
     # Entropy
     entropy = policy.entropy().mean()
-    loss = pg_loss - args.ent_coef * entropy + kl_coef * kl
+    loss = pg_loss + kl_coef * kl
+    if args.ent_coef:  # or its gradient would be computed for nothing
+        loss = loss - args.ent_coef * entropy
     # How far the policy has moved: http://joschu.net/blog/kl-approx.html
     old_approx_kl = (-logratio).mean()
     approx_kl = (ratio - 1 - logratio).mean()

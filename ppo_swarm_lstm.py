@@ -317,7 +317,9 @@ def compute_loss(agent, args, raw_actions, logprobs, advantages, returns, values
     entropy = policy.entropy().mean()
     # The guess of what the agents do not see
     guess_loss = ((policy.guess - unseen) ** 2).sum(-1).mean()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.guess_coef * guess_loss
+    loss = pg_loss + args.vf_coef * v_loss + args.guess_coef * guess_loss
+    if args.ent_coef:  # or its gradient would be computed for nothing
+        loss = loss - args.ent_coef * entropy
     # How far the policy has moved: http://joschu.net/blog/kl-approx.html
     old_approx_kl = (-logratio).mean()
     approx_kl = (ratio - 1 - logratio).mean()
