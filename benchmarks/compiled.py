@@ -17,13 +17,13 @@ from functools import partial
 import numpy as np
 import tyro
 from common import median_and_range, print_head, print_row, run_and_read, take_turns
-from gymnasium_suite import LEARNING
+from gymnasium_suite import CONTINUOUS
 
 LIDAR = (
     "--env-id LidarNavigation --hidden-dim 128 --init-logstd -0.7 --num-steps 32 --learning-rate 7e-4 "
     "--num-minibatches 32"
 )
-MUJOCO = f"--env-id HalfCheetah-v5 --num-actors 0 {LEARNING}"
+MUJOCO = f"--env-id HalfCheetah-v5 --num-actors 0 {CONTINUOUS}"
 COMMANDS = {  # name: (script, flags, steps)
     "Swarm": ("ppo_swarm.py", "", 800_000),
     "LidarNavigation": ("ppo_swarm.py", LIDAR, 400_000),

@@ -29,12 +29,11 @@ from typing import Literal
 
 import tyro
 from common import first_reaching, median_and_range, print_head, print_row, read_events, run_script, training_seconds
-from gymnasium_suite import LEARNING, WORLDS
+from gymnasium_suite import WORLDS
 
 STEPS = 1_000_000
 PEER_STEPS = 50_000
 EVALUATIONS = "--eval-every 50000 --eval-episodes 20"
-FLAGS = f"--num-actors 1 {LEARNING}"
 ZOO = {  # rl-baselines3-zoo, hyperparams/ppo.yml, for the versions 3 of these
     "HalfCheetah-v5": dict(
         batch_size=64, n_steps=512, gamma=0.98, learning_rate=2.0633e-05, ent_coef=0.000401762, clip_range=0.1,
@@ -98,9 +97,13 @@ def rate_of_cleanrl(path, env_id, seed):
     return float(re.findall(r"SPS: (\d+)", output)[-1])
 
 
+def flags_of(env_id):
+    return f"--num-actors 1 {WORLDS[env_id].flags}"
+
+
 def ours(env_id, seed):
     """The events of async_ppo.py, whose actor stands still during its evaluations."""
-    flags = f"--env-id {env_id} --seed {seed} {FLAGS} --total-timesteps {STEPS} {EVALUATIONS}"
+    flags = f"--env-id {env_id} --seed {seed} {flags_of(env_id)} --total-timesteps {STEPS} {EVALUATIONS}"
     with tempfile.TemporaryDirectory() as folder:
         return read_events(run_script("benchmarks/async_paused.py", flags, folder))
 
@@ -110,7 +113,9 @@ def main(options):
         "CleanRL": (partial(rate_of_cleanrl, options.cleanrl), "eval/sampled_r"),
         "rl-zoo": (rate_of_sb3, "eval/r"),
     }
-    print(f"ours: {FLAGS}\n")
+    for env_id in options.env_ids:
+        print(f"ours, {env_id}: {flags_of(env_id)}")
+    print()
     print_head("environment", "seed", "who", "steps/s", "return after 1 M steps", "seconds", "seconds of ours")
     rates = {}  # {(environment, peer): [rate of ours over the peer's]}
     sooner = {}  # {(environment, peer): [seconds of the peer over those of ours, where ours arrived]}
