@@ -31,8 +31,10 @@ REPRODUCIBLE = "--num-actors 0 --num-workers 0"
 CONTINUOUS = (
     "--num-envs 64 --gamma 0.99 --gae-lambda 0.95 --num-minibatches 16 --learning-rate 3e-4 --norm-obs --norm-reward"
 )
+JOINTS = f"{CONTINUOUS} --gae-lambda 0.9"  # for bodies of many joints
 FEW = f"{CONTINUOUS} --num-envs 8 --num-steps 256"  # few environments, long fragments
 LASTING = f"{FEW} --lasting-noise 1"  # where momentum has to be built up
+FAR = f"{FEW} --gamma 0.999"  # where much is paid for at an episode's end
 DISCRETE = "--norm-obs"
 EVALUATIONS = 10  # in a run, of so many episodes each:
 EPISODES = 20
@@ -48,13 +50,13 @@ WORLDS = {
     "HalfCheetah-v5": World(1_000_000, CONTINUOUS, {"rl-zoo": 5819, "CleanRL": 1443}),
     "Hopper-v5": World(1_000_000, FEW, {"rl-zoo": 2410, "CleanRL": 2383}),
     "Walker2d-v5": World(1_000_000, CONTINUOUS, {"rl-zoo": 3479, "CleanRL": 2288}),
-    "Ant-v5": World(1_000_000, f"{CONTINUOUS} --gae-lambda 0.9", {"rl-zoo": 1327}),
+    "Ant-v5": World(1_000_000, JOINTS, {"rl-zoo": 1327}),
     "Swimmer-v5": World(1_000_000, f"{LASTING} --gamma 0.9999", {"rl-zoo": 282}),
-    "Humanoid-v5": World(1_000_000, f"{CONTINUOUS} --gae-lambda 0.9", {"CleanRL": 716}),
-    "Pusher-v5": World(1_000_000, CONTINUOUS, {"CleanRL": -40}),
+    "Humanoid-v5": World(1_000_000, JOINTS, {"CleanRL": 716}),
+    "Pusher-v5": World(1_000_000, JOINTS, {"CleanRL": -40}),
     "InvertedPendulum-v5": World(1_000_000, CONTINUOUS, {"CleanRL": 963}),
-    "BipedalWalker-v3": World(5_000_000, CONTINUOUS, {"rl-zoo": 213}),
-    "LunarLanderContinuous-v3": World(1_000_000, CONTINUOUS, {"rl-zoo": 271}),
+    "BipedalWalker-v3": World(1_500_000, FAR, {"rl-zoo": 213}),
+    "LunarLanderContinuous-v3": World(1_000_000, f"{FAR} --gae-lambda 0.98", {"rl-zoo": 271}),
     "Pendulum-v1": World(100_000, LASTING, {"rl-zoo": -172}),
     "MountainCarContinuous-v0": World(20_000, LASTING, {"rl-zoo": 88}),
     "Acrobot-v1": World(1_000_000, DISCRETE, {"rl-zoo": -74}),
