@@ -83,7 +83,7 @@ class Args:
 
     hidden_dim: int = 64  # width of the layers
     init_logstd: float = -0.5  # log of the standard deviation at the start, before the squashing
-    lasting_noise: float = 0.0  # share of the environments whose noise lasts for some ten steps; continuous actions
+    lasting_noise: float = 0.0  # share of the environments whose noise lasts for some ten steps; falls linearly to 0
 
     total_timesteps: int = 200_000  # steps to train for
     learning_rate: float = 1e-3  # the step size of Adam
@@ -364,10 +364,10 @@ NOISE_CORRELATION = 0.9  # of lasting noise, from one step to the next
 
 
 @torch.no_grad()
-def collect(agent, envs, observations, generator, fragment):
-    """Fill the fragment, starting from `observations`; returns those that come next."""
+def collect(agent, envs, observations, generator, fragment, progress):
+    """Fill the fragment, starting from `observations`; returns those that come next. `progress`: share of training."""
     device = agent.actor[0].weight.device
-    lasting = math.ceil(agent.lasting_noise * envs.num_envs)  # environments, the first ones
+    lasting = math.ceil(agent.lasting_noise * (1 - progress) * envs.num_envs)  # environments, the first ones
     noise = torch.randn(fragment["actions"][0, :lasting].shape, generator=generator)  # of these
     for step in range(len(fragment["rewards"])):
         fragment["obs"][step] = observations
@@ -390,7 +390,7 @@ def collect(agent, envs, observations, generator, fragment):
     return observations
 
 
-def act(args, seed, todo, published):
+def act(args, num_iterations, seed, todo, published):
     """An actor, as StreamPool runs it: fill each fragment of `todo` by the newest policy, and yield its version."""
     with make_all(args, args.num_envs // args.num_actors, 0, args.env_kwargs, checked=True) as stages:
         agent = Agent(args, stages[0])
@@ -403,7 +403,7 @@ def act(args, seed, todo, published):
             if envs is not stages[stage]:
                 envs = stages[stage]
                 observations, _ = envs.reset(seed=seed + stage)
-            observations = collect(agent, envs, observations, generator, fragment)
+            observations = collect(agent, envs, observations, generator, fragment, version / num_iterations)
             yield version
 
 
@@ -443,7 +443,8 @@ if __name__ == "__main__":
     # The actors; with --num-actors 0 there are none, and what an actor has is in this process
     envs = stages[run.stage]
     new_fragment = partial(make_fragment, envs, args.num_steps)
-    actors = StreamPool(partial(act, args), args.num_actors, new_fragment, args.max_lag, run.make_seed)
+    actor = partial(act, args, total_steps // steps_per_iteration)
+    actors = StreamPool(actor, args.num_actors, new_fragment, args.max_lag, run.make_seed)
     actors.start(weights.numpy(force=True), run.step // steps_per_iteration, run.stage)
     if not args.num_actors:
         fragment = new_fragment()
@@ -467,7 +468,7 @@ if __name__ == "__main__":
         if args.num_actors:
             owners, fragments, lags = actors.take(args.num_actors, run)
         else:
-            observations = collect(agent, envs, observations, generator, fragment)
+            observations = collect(agent, envs, observations, generator, fragment, run.step / total_steps)
             owners = [0]
             fragments = [fragment]
             lags = [0]

@@ -34,6 +34,7 @@ CONTINUOUS = (
 JOINTS = f"{CONTINUOUS} --gae-lambda 0.9"  # for bodies of many joints
 FEW = f"{CONTINUOUS} --num-envs 8 --num-steps 256"  # few environments, long fragments
 LASTING = f"{FEW} --lasting-noise 1"  # where momentum has to be built up
+STROKES = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --ent-coef 0.01"  # where every stroke pays for ever
 FAR = f"{FEW} --gamma 0.999"  # where much is paid at an episode's end
 DISCRETE = "--norm-obs"
 EVALUATIONS = 10  # in a run, of so many episodes each:
@@ -51,7 +52,7 @@ WORLDS = {
     "Hopper-v5": World(1_000_000, FEW, {"rl-zoo": 2410, "CleanRL": 2383}),
     "Walker2d-v5": World(1_000_000, CONTINUOUS, {"rl-zoo": 3479, "CleanRL": 2288}),
     "Ant-v5": World(1_000_000, JOINTS, {"rl-zoo": 1327}),
-    "Swimmer-v5": World(1_000_000, f"{LASTING} --gamma 0.9999", {"rl-zoo": 282}),
+    "Swimmer-v5": World(1_000_000, f"{LASTING} {STROKES}", {"rl-zoo": 282}),
     "Humanoid-v5": World(1_000_000, JOINTS, {"CleanRL": 716}),
     "Pusher-v5": World(1_000_000, JOINTS, {"CleanRL": -40}),
     "InvertedPendulum-v5": World(1_000_000, CONTINUOUS, {"CleanRL": 963}),

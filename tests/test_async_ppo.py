@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -273,7 +274,7 @@ def test_the_squashed_policy_estimates_the_entropy_and_is_drawn_from_the_normal(
 
 
 @torch.no_grad()
-def explored(env_id, lasting_noise):
+def explored(env_id, lasting_noise, progress=0.0):
     """The actions of two fragments of 30 steps of 40 environments, and the policies that acted at each step."""
     torch.manual_seed(0)
     world = envs.make_vec(env_id, 40, 0)
@@ -282,7 +283,7 @@ def explored(env_id, lasting_noise):
     generator = torch.Generator().manual_seed(0)
     observations, _ = world.reset(seed=0)
     for _ in range(2):
-        observations = async_ppo.collect(agent, world, observations, generator, fragment)
+        observations = async_ppo.collect(agent, world, observations, generator, fragment, progress)
         policies = [agent.get_policy(torch.from_numpy(obs)) for obs in fragment["obs"][:-1]]
         actions = torch.from_numpy(fragment["actions"])
         for step, policy in enumerate(policies):
@@ -291,15 +292,26 @@ def explored(env_id, lasting_noise):
     world.close()
 
 
-def test_noise_lasts_in_its_share_of_the_environments_and_begins_anew_with_every_fragment():
+@pytest.mark.parametrize(("progress", "count"), [(0.0, 10), (0.5, 5), (0.99, 1)])  # of 40; 9.2, 4.6, 0.1 rounded up
+def test_noise_lasts_in_its_share_of_the_environments_and_begins_anew_with_every_fragment(progress, count):
     generator = torch.Generator().manual_seed(0)
-    for actions, policies in explored("Pendulum-v1", lasting_noise=0.23):  # 10 of 40, 9.2 rounded up
-        lasting = torch.randn(10, 1, generator=generator)
+    for actions, policies in explored("Pendulum-v1", lasting_noise=0.23, progress=progress):
+        lasting = torch.randn(count, 1, generator=generator)
         for taken, policy in zip(actions, policies, strict=True):
             noise = torch.randn(40, 1, generator=generator)
-            noise[:10] = lasting
+            noise[:count] = lasting
             torch.testing.assert_close(taken, policy.mean + policy.logstd.exp() * noise)
-            lasting = 0.9 * lasting + math.sqrt(1 - 0.9**2) * torch.randn(10, 1, generator=generator)
+            lasting = 0.9 * lasting + math.sqrt(1 - 0.9**2) * torch.randn(count, 1, generator=generator)
+
+
+def test_an_actor_s_progress_is_that_of_the_policy_that_acts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(async_ppo, "collect", lambda *arguments: seen.append(arguments[-1]))
+    published = SimpleNamespace(read=lambda weights: next(versions), stage=0)
+    args = Args(env_id="Pendulum-v1", num_envs=4, num_actors=2, num_steps=6)
+    versions = iter((0, 3, 7))
+    assert list(act(args, 8, 1, [None] * 3, published)) == [0, 3, 7]
+    assert seen == [0, 3 / 8, 7 / 8]
 
 
 @pytest.mark.parametrize(("env_id", "share"), [("Pendulum-v1", 0.0), ("CartPole-v1", 1.0)])
@@ -394,7 +406,7 @@ def acting(num_actors, max_lag, seed=0, **env_kwargs):
     agent = Agent(args, world)
     make_buffer = partial(envs.make_fragment, world, args.num_steps)
     make_seed = partial(envs.make_seed, seed)
-    actors = envs.StreamPool(partial(act, args), num_actors, make_buffer, max_lag, make_seed)
+    actors = envs.StreamPool(partial(act, args, 100), num_actors, make_buffer, max_lag, make_seed)
     actors.start(as_vector(agent).numpy(), 0)
     try:
         yield agent, actors
@@ -633,7 +645,7 @@ ALIKE = {
     "continuous, V-trace": dict(env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), vtrace=True),
     "discrete, rewards normalised": dict(env_id="CartPole-v1", norm_reward=True),
     "continuous, noise that lasts": dict(
-        env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), lasting_noise=0.5
+        env_id="Pendulum-v1", env_kwargs=dict(max_episode_steps=30), lasting_noise=1.0
     ),
 }
 
