@@ -58,7 +58,7 @@ WORLDS = {
     "InvertedPendulum-v5": World(1_000_000, CONTINUOUS, {"CleanRL": 963}),
     "BipedalWalker-v3": World(1_500_000, FAR, {"rl-zoo": 213}),
     "LunarLanderContinuous-v3": World(1_000_000, f"{FAR} --gae-lambda 0.98", {"rl-zoo": 271}),
-    "Pendulum-v1": World(100_000, LASTING, {"rl-zoo": -172}),
+    "Pendulum-v1": World(100_000, f"{FEW} --init-logstd 0 --update-epochs 20", {"rl-zoo": -172}),
     "MountainCarContinuous-v0": World(20_000, LASTING, {"rl-zoo": 88}),
     "Acrobot-v1": World(1_000_000, DISCRETE, {"rl-zoo": -74}),
 }
