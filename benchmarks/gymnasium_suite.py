@@ -35,6 +35,8 @@ JOINTS = f"{CONTINUOUS} --gae-lambda 0.9"  # for bodies of many joints
 FEW = f"{CONTINUOUS} --num-envs 8 --num-steps 256"  # few environments, long fragments
 LASTING = f"{FEW} --lasting-noise 1"  # where momentum has to be built up
 STROKES = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --ent-coef 0.01 --target-kl 0.1"  # where they add up
+# Where each swing counts
+SWINGS = "--lasting-noise 0.5 --init-logstd 0 --hidden-dim 256 --update-epochs 20 --learning-rate 1e-3 --target-kl 0.05"
 FAR = f"{FEW} --gamma 0.999"  # where much is paid at an episode's end
 DISCRETE = "--norm-obs"
 EVALUATIONS = 10  # in a run, of so many episodes each:
@@ -58,7 +60,7 @@ WORLDS = {
     "InvertedPendulum-v5": World(1_000_000, CONTINUOUS, {"CleanRL": 963}),
     "BipedalWalker-v3": World(1_500_000, FAR, {"rl-zoo": 213}),
     "LunarLanderContinuous-v3": World(1_000_000, f"{FAR} --gae-lambda 0.98", {"rl-zoo": 271}),
-    "Pendulum-v1": World(100_000, f"{FEW} --init-logstd 0 --update-epochs 20", {"rl-zoo": -172}),
+    "Pendulum-v1": World(100_000, f"{FEW} {SWINGS}", {"rl-zoo": -172}),
     "MountainCarContinuous-v0": World(20_000, LASTING, {"rl-zoo": 88}),
     "Acrobot-v1": World(1_000_000, DISCRETE, {"rl-zoo": -74}),
 }
