@@ -365,7 +365,7 @@ NOISE_CORRELATION = 0.9  # of lasting noise, from one step to the next
 
 @torch.no_grad()
 def collect(agent, envs, observations, generator, fragment, progress):
-    """Fill the fragment, starting from `observations`; returns those that come next. `progress`: share of training."""
+    """Fill the fragment, starting from `observations`; returns those that come next. `progress` goes from 0 to 1."""
     device = agent.actor[0].weight.device
     lasting = math.ceil(agent.lasting_noise * (1 - progress) * envs.num_envs)  # environments, the first ones
     noise = torch.randn(fragment["actions"][0, :lasting].shape, generator=generator)  # of these

@@ -34,8 +34,8 @@ CONTINUOUS = (
 JOINTS = f"{CONTINUOUS} --gae-lambda 0.9"  # for bodies of many joints
 FEW = f"{CONTINUOUS} --num-envs 8 --num-steps 256"  # few environments, long fragments
 LASTING = f"{FEW} --lasting-noise 1"  # where momentum has to be built up
-STROKES = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --ent-coef 0.01 --target-kl 0.1"  # where they add up
-# Where each swing counts
+# Where each stroke pays little, and where each swing costs
+STROKES = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --ent-coef 0.01 --target-kl 0.1"
 SWINGS = "--lasting-noise 0.5 --init-logstd 0 --hidden-dim 256 --update-epochs 20 --learning-rate 1e-3 --target-kl 0.05"
 FAR = f"{FEW} --gamma 0.999"  # where much is paid at an episode's end
 DISCRETE = "--norm-obs"
