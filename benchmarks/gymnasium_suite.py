@@ -38,6 +38,7 @@ LASTING = f"{FEW} --lasting-noise 1"  # where momentum has to be built up
 STROKES = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --ent-coef 0.01 --target-kl 0.1"
 SWINGS = "--lasting-noise 0.5 --init-logstd 0 --hidden-dim 256 --update-epochs 20 --learning-rate 1e-3 --target-kl 0.05"
 FAR = f"{FEW} --gamma 0.999"  # where much is paid at an episode's end
+LONG = "--ent-coef 0.01 --target-kl 0.05"  # for many steps, in which the noise would die out
 DISCRETE = "--norm-obs"
 EVALUATIONS = 10  # in a run, of so many episodes each:
 EPISODES = 20
@@ -58,7 +59,7 @@ WORLDS = {
     "Humanoid-v5": World(1_000_000, JOINTS, {"CleanRL": 716}),
     "Pusher-v5": World(1_000_000, JOINTS, {"CleanRL": -40}),
     "InvertedPendulum-v5": World(1_000_000, CONTINUOUS, {"CleanRL": 963}),
-    "BipedalWalker-v3": World(1_500_000, FAR, {"rl-zoo": 213}),
+    "BipedalWalker-v3": World(5_000_000, f"{FAR} {LONG}", {"rl-zoo": 213}),
     "LunarLanderContinuous-v3": World(1_000_000, f"{FAR} --gae-lambda 0.98", {"rl-zoo": 271}),
     "Pendulum-v1": World(100_000, f"{FEW} {SWINGS}", {"rl-zoo": -172}),
     "MountainCarContinuous-v0": World(20_000, LASTING, {"rl-zoo": 88}),
