@@ -3,11 +3,10 @@
     pip install "gymnasium[mujoco]" stable-baselines3==2.9.2
     python benchmarks/gymnasium_race.py CLEANRL/cleanrl/ppo_continuous_action.py [--env-ids Hopper-v5] [--seeds 1 2]
 
-From the repository's root, on a quiet machine with two cores, 20 minutes for HalfCheetah, 30 for Hopper.
-In turn, seed after seed: ours trains for the suite's 1 M steps, with one actor, which stands still while, every 50,000
-steps, 20 held-out episodes are played, greedy and sampled; these are in nobody's time. SB3, with the settings of its
-zoo, and CleanRL's file as of commit 35896b1f (with one argument more, which Gymnasium 1.4 wants) train for 50,000
-steps.
+From the repository's root, on a quiet machine with two cores, 20 minutes for HalfCheetah, 30 for Hopper. In turn, seed
+after seed: ours trains for the suite's 1 M steps, with one actor, which stands still while, every 50,000 steps, 20
+held-out episodes are played, greedy and sampled; these are in nobody's time. SB3, with the settings of its zoo, and
+CleanRL's file as of commit 35896b1f (with one argument more, which Gymnasium 1.4 wants) train for 50,000 steps.
 
 Printed: steps per second; and the seconds of training until ours is as good as the return that was published for the
 end of a peer's 1 M steps, beside those in which the peer would make these, at its rate. Ours has arrived with the first
